@@ -6,12 +6,12 @@
 __all__ = ['NanochatError', 'did_you_mean', 'base_dir', 'atomic_path', 'write_json', 'read_json', 'make_settings',
            'field_comments', 'read_yaml', 'write_yaml', 'from_flags', 'from_notebook', 'run_main']
 
-# %% ../nbs/000_settings.ipynb #36a45d41
+# %% ../nbs/000_settings.ipynb #f9ec36e5
 import argparse, ast, contextlib, dataclasses, difflib, inspect, json, os, re, sys, tempfile, types, typing
 from pathlib import Path
 import yaml
 
-# %% ../nbs/000_settings.ipynb #5c491399
+# %% ../nbs/000_settings.ipynb #e6598ac3
 class NanochatError(Exception):
     "An error a user can mend: names the file, row or parameter, what was expected and what to do."
 
@@ -24,7 +24,7 @@ def did_you_mean(
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; valid names: {', '.join(known)}"
 
-# %% ../nbs/000_settings.ipynb #ac23dc4c
+# %% ../nbs/000_settings.ipynb #4a6bad17
 def base_dir(
     folder: str | Path = "",  # explicit folder; empty: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat
 ) -> Path:                    # the base folder, created
@@ -33,7 +33,7 @@ def base_dir(
     p.mkdir(parents=True, exist_ok=True)
     return p
 
-# %% ../nbs/000_settings.ipynb #b1af3600
+# %% ../nbs/000_settings.ipynb #12007684
 @contextlib.contextmanager
 def atomic_path(
     path: str | Path,  # final file
@@ -52,7 +52,7 @@ def atomic_path(
     finally:
         with contextlib.suppress(FileNotFoundError): os.unlink(tmp)
 
-# %% ../nbs/000_settings.ipynb #ae5acf66
+# %% ../nbs/000_settings.ipynb #8bf7d15c
 def write_json(path: str | Path, obj) -> None:
     "Write `obj` as UTF-8 JSON, atomically."
     with atomic_path(path) as tmp: tmp.write_text(json.dumps(obj, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
@@ -63,7 +63,7 @@ def read_json(path: str | Path):
     except FileNotFoundError: raise NanochatError(f"{path} does not exist") from None
     except ValueError as e: raise NanochatError(f"{path} is not valid JSON ({e}); delete it and make it again") from None
 
-# %% ../nbs/000_settings.ipynb #12804ede
+# %% ../nbs/000_settings.ipynb #8590cb4c
 def _types(t) -> tuple:
     "The plain types an annotation admits."
     return typing.get_args(t) if isinstance(t, types.UnionType) or typing.get_origin(t) is typing.Union else (t,)
@@ -87,7 +87,7 @@ def _convert(cls, name: str, value, t):
     want = " or ".join(getattr(k, "__name__", str(k)) for k in ts)
     raise NanochatError(f"{cls.__name__}: {name}={value!r} is not {want}")
 
-# %% ../nbs/000_settings.ipynb #ca667ea8
+# %% ../nbs/000_settings.ipynb #5512b2cf
 def make_settings(
     cls,                # a dataclass whose fields are int, float, str, bool or None
     values: dict,       # field name → value
@@ -100,13 +100,13 @@ def make_settings(
         if k not in known: raise NanochatError(f"unknown parameter {k!r}{f' in {where}' if where else ''}{did_you_mean(k, known)}")
     return cls(**{k: _convert(cls, k, v, hints[k]) for k, v in values.items()})
 
-# %% ../nbs/000_settings.ipynb #64f7304d
+# %% ../nbs/000_settings.ipynb #6303be5e
 def field_comments(cls) -> dict:
     "Trailing comment of every field of a dataclass, read from its source."
     src = inspect.getsource(cls)
     return {m[1]: m[2].strip() for m in re.finditer(r"^\s+(\w+)\s*:[^#\n]*#\s*(.*)$", src, re.M)}
 
-# %% ../nbs/000_settings.ipynb #552a748c
+# %% ../nbs/000_settings.ipynb #a6763260
 def read_yaml(path: str | Path) -> dict:
     "A flat YAML file of settings."
     try: d = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
@@ -120,7 +120,7 @@ def write_yaml(path: str | Path, cfg) -> None:
     with atomic_path(path) as tmp:
         tmp.write_text(yaml.safe_dump(dataclasses.asdict(cfg), allow_unicode=True, sort_keys=False), encoding="utf-8")
 
-# %% ../nbs/000_settings.ipynb #b0ad3c23
+# %% ../nbs/000_settings.ipynb #9f8e0f9e
 def from_flags(
     cls,          # a settings dataclass
     argv=None,    # command line without the program; default sys.argv[1:]
@@ -144,7 +144,7 @@ def from_flags(
     if values: make_settings(cls, values, ns.file)
     return make_settings(cls, values | flags)
 
-# %% ../nbs/000_settings.ipynb #afab6627
+# %% ../nbs/000_settings.ipynb #149a0b1f
 def from_notebook(
     cls,      # a settings dataclass
     ns: dict, # the notebook's globals()
@@ -159,7 +159,7 @@ def from_notebook(
                     raise NanochatError(f"unknown parameter {t.id!r}{did_you_mean(t.id, known)}")
     return make_settings(cls, {k: ns[k] for k in known if k in ns})
 
-# %% ../nbs/000_settings.ipynb #dd3f2626
+# %% ../nbs/000_settings.ipynb #83bc69c5
 def run_main(
     main,      # function of one settings object
     cls,       # its dataclass
