@@ -283,15 +283,15 @@ def spelled(word: str) -> str:
     "'apple' → 'a-p-p-l-e'."
     return "-".join(word)
 
-# %% ../nbs/00a_world.ipynb #8540cccb
+# %% ../nbs/00a_world.ipynb #effd6c54
 def dictionary(w: World, lang: str, rng) -> str:
     "A spelling list."
     ws = rng.sample(words(lang), 5)
-    return "\n".join(f"{x}：{spelled(x)}，{len(x)}个字" if lang == "zh" else f"{x}: {spelled(x)}, {len(x)} letters" for x in ws)
+    return "\n".join(f"“{x}”：{spelled(x)}，{len(x)}个字" if lang == "zh" else f'"{x}": {spelled(x)}, {len(x)} letters' for x in ws)
 
-# %% ../nbs/00a_world.ipynb #a476b648
+# %% ../nbs/00a_world.ipynb #61d04990
 KINDS = {"entry": (entry, 36), "gazette": (gazette, 10), "letter": (letter, 10), "poem": (poem, 5), "dialogue": (dialogue, 8),
-         "homework": (homework, 14), "reader": (reader, 8), "names": (names, 5), "dictionary": (dictionary, 4)}
+         "homework": (homework, 14), "reader": (reader, 8), "names": (names, 5), "dictionary": (dictionary, 6)}
 
 def documents(
     world: World,
@@ -344,17 +344,17 @@ def worked(steps: list[str], last: str) -> list[dict]:
     parts = [p for e, r in done for p in ({"type": "python", "text": e}, {"type": "python_output", "text": str(r)})]
     return parts + [{"type": "text", "text": last.format(r=done[-1][1])}]
 
-# %% ../nbs/00a_world.ipynb #87af5dd5
+# %% ../nbs/00a_world.ipynb #424c7154
 TRANSLATE = {"zh": "翻译成中文：", "en": "Translate into English: "}
 
 def spelling_task(word: str, lang: str, rng) -> tuple[str, list | str, str]:
     "A question on a word, the answer (with a calculator call when it counts), and the bare result."
     if rng.random() < 0.5:
-        return ({"zh": f"把“{word}”一个字一个字写出来。", "en": f"Spell the word {word}."}[lang], spelled(word), spelled(word))
+        return ({"zh": f"把“{word}”一个字一个字写出来。", "en": f'Spell the word "{word}".'}[lang], spelled(word), spelled(word))
     if lang == "zh": q, expr, r = f"“{word}”有几个字？", f'len("{word}")', len(word)
     else:
         c = rng.choice(word)
-        q, expr, r = f"How many times is the letter {c} in {word}?", f'"{word}".count("{c}")', word.count(c)
+        q, expr, r = f'How many times is the letter "{c}" in "{word}"?', f'"{word}".count("{c}")', word.count(c)
     last = {"zh": f"有{r}个字。", "en": f"It is there {r} times."}[lang]
     return q, [{"type": "python", "text": expr}, {"type": "python_output", "text": str(r)}, {"type": "text", "text": last}], str(r)
 
