@@ -8,6 +8,7 @@ python dev/book.py test                    sync, check, every chapter's cells, t
 """
 import argparse, ast, hashlib, os, re, shutil, subprocess, sys, tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 import nbformat
 
@@ -197,7 +198,7 @@ def check_code(cell) -> list:
     "What is wrong with the form of one code cell or with its stored output."
     out, lines, start = [], cell.source.splitlines(), repr(cell.source[:50])
     if len(lines) > MAX_LINES: out.append(f"{start}: {len(lines)} lines, at most {MAX_LINES}")
-    if any(len(x) > MAX_COLUMNS for x in lines): out.append(f"{start}: a line over {MAX_COLUMNS} columns")
+    out += [f"{start}: line {i} has {len(x)} columns, at most {MAX_COLUMNS}" for i, x in enumerate(lines, 1) if len(x) > MAX_COLUMNS]
     if HAN.search("".join(re.findall(r"(?m)#.*$", cell.source))) and not re.search(r"['\"]", cell.source): out.append(f"{start}: a Chinese comment; comments are English")
     if any(o.output_type == "error" for o in cell.outputs): out.append(f"{start}: a stored error")
     for text in _outputs(cell):
@@ -249,12 +250,13 @@ def check(names=()) -> list:
 def test_chapters(progress) -> list:
     "Run the cells of every chapter, two at a time, as `nbdev_test` does; names and logs of those that fail."
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    where = ["--path"] if version("nbdev").startswith("2") else []                # nbdev 3 takes the path as it is
     todo, running, failed, lock = chapters(), {}, [], threading.Lock()
     done = 0
     def one(path):
         nonlocal done
         with lock: running[path.stem] = time.time()
-        p = subprocess.run([Path(sys.executable).with_name("nbdev_test"), "--path", path, "--n_workers", "0"], cwd=ROOT, env=env,
+        p = subprocess.run([Path(sys.executable).with_name("nbdev_test"), *where, path], cwd=ROOT, env=env,
                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         with lock:
             took, done = time.time() - running.pop(path.stem), done + 1
