@@ -1,0 +1,212 @@
+"Processes, signals, crashes and full disks: what does not read well as a notebook cell."
+import json, os, resource, signal, subprocess, sys, time
+from pathlib import Path
+import pytest, torch
+from nanochat_nb import runtime
+from nanochat_nb.runtime import *
+from nanochat_nb.settings import NanochatError
+
+TOY = '''
+import os, time, torch
+from dataclasses import dataclass
+from pathlib import Path
+from nanochat_nb.settings import NanochatError, run_main
+from nanochat_nb.runtime import *
+
+@dataclass
+class Toy:
+    folder: str = ""     # where everything goes
+    steps: int = 4
+    fail: str = ""       # what goes wrong at step 2
+    stubborn: bool = False
+
+def main(cfg):
+    rt = init_runtime("cpu", "float32")
+    folder = Path(cfg.folder)
+    (folder / f"pid{rt.rank}").write_text(str(os.getpid()))
+    if cfg.stubborn:
+        import signal
+        signal.signal(signal.SIGINT, signal.SIG_IGN); signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    m = Metrics(folder / "metrics.jsonl", keep_below=0)
+    for step in range(1, cfg.steps + 1):
+        a, b = torch.full((3, 2), float(rt.rank + step)), torch.full((5,), 10. * rt.rank)
+        c = torch.full((2,), rt.rank, dtype=torch.bfloat16)
+        all_reduce_mean([a, b, c], )
+        if step == 2 and rt.rank == rt.world_size - 1:
+            if cfg.fail == "crash": raise ValueError("boom in the last rank")
+            if cfg.fail == "user": raise NanochatError("depth=0 must be at least 1")
+            if cfg.fail == "kill": os.kill(os.getpid(), 9)
+        if step == 2 and cfg.fail == "disk": save_checkpoint(folder / "pid0", 2, {"w": a})   # a file, not a folder
+        m.log(step=step, loss=a.mean(), b=b[0], c=c[0], said=broadcast_object(f"rank {rt.rank}"))
+        if cfg.steps > 100: time.sleep(0.05)
+    save_checkpoint(folder / "ckpt", step, {"w": a})
+    assert load_checkpoint(folder / "ckpt")[0] == step    # every rank sees it at once
+    close_runtime()
+
+if __name__ == "__main__": run_main(main, Toy)
+'''
+
+PARENT = '''
+import sys
+from nanochat_nb.runtime import launch
+folder, n, stubborn = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "1"
+try: launch("toy_ranks", dict(folder=folder, steps=100_000, stubborn=stubborn), n_gpu=n, metrics=folder + "/metrics.jsonl")
+except KeyboardInterrupt: sys.exit(130)
+'''
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    "A folder with the toy module in it, on the path of child processes."
+    (tmp_path / "toy_ranks.py").write_text(TOY)
+    (tmp_path / "parent.py").write_text(PARENT)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(runtime.__file__).parents[1])]))
+    return tmp_path
+
+def alive(pid: int) -> bool:
+    "Whether a process runs (a zombie does not)."
+    out = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return bool(out) and not out.startswith("Z")
+
+def wait_for(cond, seconds=60.):
+    end = time.time() + seconds
+    while not (x := cond()):
+        assert time.time() < end, "waited too long"
+        time.sleep(0.05)
+    return x
+
+def test_two_ranks_average(toy):
+    rows = []
+    launch("toy_ranks", dict(folder=str(toy)), n_gpu=2, metrics=toy / "metrics.jsonl", on_metrics=rows.append)
+    assert rows == [dict(step=s, loss=s + 0.5, b=5.0, c=0.5, said="rank 0") for s in (1, 2, 3, 4)]
+    assert rows == read_metrics(toy / "metrics.jsonl")
+    assert torch.equal(load_checkpoint(toy / "ckpt")[1]["w"], torch.full((3, 2), 4.5))
+
+def test_two_nodes_meet(toy):
+    "Two launchers of one rank each, as on two machines, meet at one endpoint."
+    import socket, threading
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    errors = []
+    def node(k):
+        try: launch("toy_ranks", dict(folder=str(toy)), nnodes=2, node_rank=k, rdzv_endpoint=f"127.0.0.1:{port}", log=toy / f"log{k}")
+        except NanochatError as e: errors.append(str(e))
+    ts = [threading.Thread(target=node, args=(k,)) for k in (0, 1)]
+    for t in ts: t.start()
+    for t in ts: t.join()
+    assert not errors
+    assert [r["loss"] for r in read_metrics(toy / "metrics.jsonl")] == [1.5, 2.5, 3.5, 4.5]
+
+@pytest.mark.parametrize("fail,said", [("crash", "ValueError: boom in the last rank"), ("user", "depth=0 must be at least 1"),
+                                       ("kill", "rank 1 of toy_ranks ended with status -9"), ("disk", "cannot save step 2")])
+def test_a_rank_that_dies(toy, fail, said):
+    with pytest.raises(NanochatError) as e: launch("toy_ranks", dict(folder=str(toy), fail=fail), n_gpu=2, metrics=toy / "metrics.jsonl")
+    assert said in str(e.value)
+    if fail == "user": assert "Traceback" not in str(e.value)
+    for r in (0, 1): wait_for(lambda: not alive(int((toy / f"pid{r}").read_text())), 10)
+
+def test_a_misspelt_setting(toy):
+    with pytest.raises(NanochatError, match="unknown parameter 'stpes'.*did you mean 'steps'"): launch("toy_ranks", dict(stpes=3))
+
+def running(toy, stubborn=False):
+    "Start a launcher of two ranks; returns it and the ranks' pids once both train."
+    p = subprocess.Popen([sys.executable, str(toy / "parent.py"), str(toy), "2", str(int(stubborn))], start_new_session=True)
+    wait_for(lambda: len(read_metrics(toy / "metrics.jsonl")) > 3)
+    return p, [int((toy / f"pid{r}").read_text()) for r in (0, 1)]
+
+@pytest.mark.parametrize("sig,status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_no_orphans(toy, sig, status):
+    "However the launcher ends, its ranks end."
+    if sig == signal.SIGKILL and sys.platform != "linux": pytest.skip("only Linux tells a child that its parent was killed")
+    p, ranks = running(toy)
+    p.send_signal(sig)
+    assert p.wait(30) == status
+    for pid in ranks: wait_for(lambda: not alive(pid), 40)
+    rows = read_metrics(toy / "metrics.jsonl")
+    assert [r["step"] for r in rows] == list(range(1, len(rows) + 1))
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs the kernel's parent-death signal")
+def test_stubborn_ranks_end_too(toy):
+    "Ranks that ignore SIGINT and SIGTERM are gone within twenty seconds of Ctrl-C."
+    p, ranks = running(toy, stubborn=True)
+    p.send_signal(signal.SIGINT)
+    assert p.wait(25) == 130
+    for pid in ranks: wait_for(lambda: not alive(pid), 5)
+
+def in_child(f) -> int:
+    "Run `f` in a forked child; its wait status."
+    pid = os.fork()
+    if pid == 0:
+        try: f()
+        except BaseException as e: print(repr(e)); os._exit(1)
+        os._exit(0)
+    return os.waitpid(pid, 0)[1]
+
+def value_at(folder):
+    step, state, opt, meta = load_checkpoint(folder)
+    assert meta["step"] == step and torch.equal(state["w"], torch.full((200,), float(step)))
+    return step
+
+def test_killed_at_every_point_of_a_save(tmp_path, monkeypatch):
+    "SIGKILL before each operation on the disk, in turn: what can be loaded is step 1 or step 2, always whole."
+    save = lambda s: save_checkpoint(tmp_path / f"run{k}", s, {"w": torch.full((200,), float(s))}, keep=1)
+    def die_at(k):
+        count = [0]
+        def deadly(f):
+            def g(*a, **kw):
+                count[0] += 1
+                if count[0] == k: os.kill(os.getpid(), signal.SIGKILL)
+                return f(*a, **kw)
+            return g
+        for mod, name in ((os, "fsync"), (os, "replace"), (os, "rename"), (Path, "rename"), (Path, "mkdir"), (runtime, "save_file"),
+                          (runtime.shutil, "rmtree"), (os, "unlink"), (os, "open")): setattr(mod, name, deadly(getattr(mod, name)))
+    seen, k = [], 0
+    while True:
+        k += 1; save(1)
+        status = in_child(lambda: (die_at(k), save(2)))
+        if status == 0: break
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        seen.append(value_at(tmp_path / f"run{k}"))
+        save(3); assert value_at(tmp_path / f"run{k}") == 3              # a later save works and leaves no litter
+        assert sorted(p.name for p in (tmp_path / f"run{k}").iterdir() if not p.name.startswith(".latest")) == ["latest", "step_000003"]
+    assert len(seen) > 10 and set(seen) == {1, 2}
+
+def test_saving_the_same_step_again_survives_a_kill(tmp_path, monkeypatch):
+    "Between moving the old folder away and the new one in, the pointer names nothing: the step before is found."
+    for s in (1, 2): save_checkpoint(tmp_path, s, {"w": torch.full((200,), float(s))})
+    (tmp_path / "step_000002").rename(tmp_path / ".step_000002.old")
+    assert value_at(tmp_path) == 1
+
+def test_full_disk(tmp_path):
+    "A file cannot grow beyond the limit: one clear error, nothing left behind, the last checkpoint whole."
+    big = {"w": torch.zeros(100_000)}
+    save_checkpoint(tmp_path, 1, {"w": torch.full((200,), 1.)})
+    before = sorted(p.name for p in tmp_path.iterdir())
+    def f():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        try: save_checkpoint(tmp_path, 2, big)
+        except NanochatError as e:
+            assert "cannot save step 2" in str(e) and "step 1 is still whole" in str(e), e
+            return
+        raise AssertionError("no error")
+    assert in_child(f) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == before and value_at(tmp_path) == 1
+
+def test_metrics_after_a_crash(tmp_path):
+    "A half-written line is dropped and the next row starts on a line of its own."
+    p = tmp_path / "metrics.jsonl"
+    m = Metrics(p)
+    for s in range(5): m.log(step=s, loss=float("nan") if s == 3 else s / 3)
+    m.close()
+    with open(p, "a") as f: f.write('{"step": 5, "lo')
+    assert [r["step"] for r in read_metrics(p)] == [0, 1, 2, 3, 4]
+    Metrics(p, keep_below=4).log(step=4, loss=1.0)
+    assert [r["loss"] for r in read_metrics(p)] == [0.0, 1 / 3, 2 / 3, None, 1.0]
+    p.write_text('{"step": 0}\n{"st\n{"step": 2}\n')
+    with pytest.raises(NanochatError, match="line 2"): read_metrics(p)
+
+def test_no_compiler(tmp_path, monkeypatch):
+    "Without a C++ compiler the probe says so instead of failing later."
+    monkeypatch.setenv("CXX", str(tmp_path / "nothing"))
+    assert not can_compile("cpu", tmp_path) and "nothing" in compile_problem("cpu", tmp_path)
+    assert len(json.loads((tmp_path / "compile_probe.json").read_text())) == 1
