@@ -1,0 +1,132 @@
+"Muon and AdamW: odd matrices, missing gradients, saved state, any request for a batch, CUDA."
+import copy, math
+import pytest, torch
+from torch import nn, tensor
+from safetensors.torch import load, save
+from nanochat_nb.model import GPT, config_from_depth
+from nanochat_nb.optim import *
+from nanochat_nb.optim import matmul_dtype
+from nanochat_nb.settings import NanochatError
+
+f32 = dict(dtype=torch.float32)
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_orthogonalize_never_explodes(dtype):
+    torch.manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(40, 40))[0] for _ in "UV")
+    spread = U @ torch.diag(torch.logspace(0, -4, 40)) @ V.T
+    for G in (torch.eye(40), torch.ones(40, 24), torch.randn(64, 16), torch.randn(16, 64), spread, 1e8 * spread):
+        s = torch.linalg.svdvals(orthogonalize(G, dtype=dtype))
+        assert 0.65 < s.max() < 1.2
+    assert not orthogonalize(torch.zeros(2, 3, 5), dtype=dtype).any()
+
+def test_orthogonalize_keeps_shape_and_dtype():
+    for shape in ((3, 5), (2, 5, 3), (2, 2, 4, 4)):
+        G = torch.randn(shape, dtype=torch.float64)
+        assert orthogonalize(G).shape == G.shape and orthogonalize(G).dtype == G.dtype
+    assert matmul_dtype("cuda") == torch.bfloat16 and matmul_dtype("mps") == torch.float32
+
+def test_missing_gradients():
+    p, q = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4, 4))
+    opt = Muon([p, q])
+    opt.step()
+    assert p.eq(1).all() and not opt.state_dict()["state"]
+    p.grad = torch.eye(4)
+    opt.step()
+    assert q.eq(1).all() and not p.eq(1).all()
+    assert opt.step(lambda: 3.) == 3.
+    a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    b.grad = torch.ones(3)
+    MuonAdamW([adamw_group([a, b])]).step()
+    assert a.eq(1).all() and not b.eq(1).all()
+
+def test_cautious_decay_by_hand():
+    w = nn.Parameter(tensor([[2., -2.], [2., 2.]]))
+    w.grad, start = tensor([[1., 1.], [1., -1.]]), w.detach().clone()  # orthogonal up to its scale
+    Muon([w], lr=.1, weight_decay=.5, coefficients=polar_express(8), **f32).step()
+    moved = .1 * (w.grad / math.sqrt(2) + tensor([[1., 0.], [1., 0.]]))  # only the left column shrinks by its update
+    torch.testing.assert_close(start - w.detach(), moved, atol=1e-4, rtol=0)
+
+def make(seed=0):
+    model = GPT(config_from_depth(2, 64, 16))
+    return model, make_optimizer(model, weight_decay=.1)
+
+def go(model, opt, steps):
+    out = []
+    for i in steps:
+        set_schedule(opt, i, 8, warmup=.2)
+        x = torch.randint(64, (4, 17), generator=torch.Generator().manual_seed(i))
+        loss = model(x[:, :-1], x[:, 1:])
+        loss.backward(); opt.step(); opt.zero_grad()
+        out.append(loss.item())
+    return out
+
+def test_state_survives_safetensors_exactly():
+    whole = go(*make(), range(8))
+    model, opt = make()
+    first = go(model, opt, range(5))
+    sd = copy.deepcopy(opt.state_dict())
+    blob = save({f"{i}.{k}": v for i, s in sd["state"].items() for k, v in s.items()})
+    weights, state = copy.deepcopy(model.state_dict()), {}
+    for k, v in load(blob).items(): state.setdefault(int(k.split(".")[0]), {})[k.split(".")[1]] = v
+    model, opt = make()
+    model.load_state_dict(weights); opt.load_state_dict(dict(state=state, param_groups=sd["param_groups"]))
+    assert first + go(model, opt, range(5, 8)) == whole
+
+def test_averaged_gradients_of_two_halves_are_one_batch():
+    "What two ranks do: each its half of the rows, gradients averaged, the same update everywhere."
+    x = torch.randint(64, (4, 17), generator=torch.Generator().manual_seed(0))
+    (a, oa), (b, ob) = make(), make()
+    oa.orthogonalize.keywords.update(f32); ob.orthogonalize.keywords.update(f32)
+    for _ in range(3):
+        a(x[:, :-1], x[:, 1:]).backward()
+        for half in x.chunk(2): (b(half[:, :-1], half[:, 1:]) / 2).backward()
+        for o in (oa, ob): o.step(); o.zero_grad()
+    x, y = x[:, :-1], x[:, 1:]
+    assert abs(a(x, y).item() - b(x, y).item()) < 1e-3
+
+def test_groups():
+    model = GPT(config_from_depth(2, 64, 16))
+    model.wte.weight.requires_grad_(False)
+    opt, frozen = make_optimizer(model), model.wte.weight.clone()
+    go(model, opt, range(2))
+    assert len(opt.param_groups) == 4 and model.wte.weight.equal(frozen)  # what does not train has no group
+    opt = make_optimizer(GPT(config_from_depth(12, 64, 16)), lr_scale=.5)
+    assert [g["initial_lr"] for g in opt.param_groups] == pytest.approx([.002, .1, .01, .01, .01])
+
+def test_momentum_schedule():
+    assert [muon_momentum(s) for s in (0, 150, 300, 9999)] == pytest.approx([.85, .9, .95, .95])
+    opt = make()[1]
+    set_schedule(opt, 6, 8, warmdown=.5, final=.2)
+    g = opt.param_groups[-1]
+    assert g["lr"] == pytest.approx(.02 * (.5 + .5 * .2)) and g["weight_decay"] == pytest.approx(.1 * 2 / 8)
+
+def test_any_request_gives_a_batch_that_splits():
+    g = torch.Generator().manual_seed(0)
+    for _ in range(500):
+        rows, n_gpu, most = (int(torch.randint(1, hi, (), generator=g)) for hi in (600, 17, 65))
+        p = plan(4, seq_len=64, batch_tokens=rows * 64, n_gpu=n_gpu, device_batch=most)
+        assert p.batch_tokens == n_gpu * p.device_batch * p.accumulation * 64
+        assert 1 <= p.device_batch <= most and p.tokens == p.steps * p.batch_tokens
+        assert abs(p.batch_tokens - rows * 64) / 64 <= max(n_gpu, .1 * rows)
+        assert (p.batch_tokens != rows * 64) == any("batch_tokens" in n for n in p.notes)
+
+def test_plan_options():
+    assert plan(20).notes == [] and plan(4, num_iterations=30).steps == 30
+    assert plan(24, weight_decay=.2).weight_decay == pytest.approx(.05)
+    assert plan(12, batch_tokens=131072, scale_lr_with_batch=True).lr_scale == pytest.approx(.5)
+    for bad in (dict(depth=0), dict(depth=4, ratio=0.), dict(depth=4, device_batch=0), dict(depth=4, seq_len=0)):
+        with pytest.raises(NanochatError, match=min(bad, key=bad.get)): plan(**bad)
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_compiled_equals_eager():
+    def run(compile):
+        torch.manual_seed(0)
+        model = GPT(config_from_depth(4, 512, 64)).cuda()
+        opt = make_optimizer(model, compile=compile, weight_decay=.1)
+        x = torch.randint(512, (8, 65), generator=torch.Generator().manual_seed(0)).cuda()
+        for i in range(5):
+            set_schedule(opt, i, 5)
+            loss = model(x[:, :-1], x[:, 1:]); loss.backward(); opt.step(); opt.zero_grad()
+        return loss.item()
+    assert abs(run(True) - run(False)) < 0.05
