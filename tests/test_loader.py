@@ -1,0 +1,262 @@
+"""The loader: what does not read well as a cell of its chapter."""
+import itertools, json, random, shutil
+
+import pytest, torch
+from hypothesis import given, settings, strategies as st
+
+from nanochat_nb.data import iter_texts, write_shards
+from nanochat_nb.loader import ChatLoader, DocStream, MixLoader, Packer, TextLoader, eval_batches
+from nanochat_nb.settings import NanochatError
+from nanochat_nb.tokenizer import train_tokenizer
+from nanochat_nb.world import World, conversations, corpus
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    "A folder of four shards, its documents, a tokenizer, conversations."
+    folder, world = tmp_path_factory.mktemp("loader") / "data", World()
+    docs = corpus(world, 120_000, seed=0)
+    write_shards(docs, folder, source="world", chars_per_shard=40_000, val_fraction=0.05)
+    tok = train_tokenizer((d["text"] for d in docs), 600)
+    return folder, docs, tok, conversations(world, 120, seed=0)
+
+
+def text(made, **kw): return TextLoader(made[0], made[2], **(dict(seq_len=48, batch_rows=8) | kw))
+def chat(made, **kw): return ChatLoader(made[3], made[2], **(dict(seq_len=160, batch_rows=8) | kw))
+def mix(made, **kw): return MixLoader(text(made, seq_len=160, batch_rows=4, **kw), chat(made, batch_rows=8, **kw))
+
+
+def group(make, made, world_size, state=None):
+    "Endless global batches, put together from what every rank gets."
+    ranks = [make(made, rank=r, world_size=world_size) for r in range(world_size)]
+    for loader in ranks:
+        if state: loader.load_state_dict(json.loads(json.dumps(state)))
+    while True:
+        parts = [next(loader) for loader in ranks]
+        yield tuple(torch.stack(p, dim=1).flatten(0, 1) for p in zip(*parts))
+
+
+def same(a, b, n):
+    for (x, y), (u, v) in itertools.islice(zip(a, b), n): assert torch.equal(x, u) and torch.equal(y, v)
+
+
+@pytest.mark.parametrize("make", [text, chat, mix])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_same_global_batches_for_any_number_of_ranks(made, make, world_size):
+    same(group(make, made, 1), group(make, made, world_size), 40)
+
+
+@pytest.mark.parametrize("make", [text, chat, mix])
+@pytest.mark.parametrize("seed", range(4))
+def test_resume_is_exact_on_another_number_of_ranks(made, make, seed):
+    rng = random.Random(seed)
+    before, after = rng.choice([1, 2, 4]), rng.choice([1, 2, 4])
+    loader = make(made, rank=before - 1, world_size=before)   # the state is the same on every rank
+    steps = rng.randrange(0, 60)
+    for _ in range(steps): next(loader)
+    whole = group(make, made, 1)
+    for _ in range(steps): next(whole)
+    same(whole, group(make, made, after, loader.state_dict()), 25)
+
+
+def test_state_does_not_depend_on_the_rank_and_survives_loading(made):
+    a, b = text(made), text(made, rank=1, world_size=2)
+    for _ in range(17): next(a); next(b)
+    assert a.state_dict() == b.state_dict()
+    c = text(made)
+    c.load_state_dict(a.state_dict())
+    assert c.state_dict() == a.state_dict()
+    assert c.tokens_seen == 17 * 8 * 48 and len(json.dumps(a.state_dict())) < 10_000
+
+
+def test_other_seeds_and_epochs_give_other_orders(made):
+    assert not torch.equal(next(text(made))[0], next(text(made, seed=1))[0])
+    loader = text(made, batch_rows=1)
+    order = {}
+    while loader.epoch < 3:
+        for ref, *_ in loader.next_row(): order.setdefault(ref[0], []).append(ref[1:])
+    assert order[0] != order[1] and loader.epoch == 3
+
+
+def test_every_token_exactly_once_an_epoch(made):
+    folder, _, tok, _ = made
+    loader = text(made, batch_rows=1)
+    length = {(s, r): len(tok.encode(t)) for s, sh in enumerate(loader.stream.shards)
+              for r, t in enumerate(loader.stream.texts(s, list(range(sh["rows"]))))}
+    read = {}
+    while loader.epoch < 2:
+        for (epoch, *address), ids, first, n in loader.next_row():
+            assert read.get((epoch, *address), 0) == first        # pieces follow one another
+            read[epoch, *address] = first + n
+    for epoch in (0, 1): assert {k: read[epoch, *k] for k in length} == length
+
+
+def test_tokens_are_those_of_the_documents(made):
+    folder, _, tok, _ = made
+    loader, twin = text(made, batch_rows=4), text(made, batch_rows=4)
+    for _ in range(20):
+        x, y = next(loader)
+        for r in range(4):
+            row = [i for _, ids, a, n in twin.next_row() for i in (tok.bos_id, *ids[a:a + n])]
+            assert x[r].tolist() == row[:-1] and y[r].tolist() == row[1:]
+
+
+@settings(max_examples=150, deadline=None)
+@given(lens=st.lists(st.integers(0, 90), min_size=1, max_size=80), row_len=st.integers(2, 40), buffer=st.integers(1, 30))
+def test_packer_loses_nothing(lens, row_len, buffer):
+    p, todo, seen, rows = Packer(row_len), list(enumerate(lens)), [0] * len(lens), 0
+    done = set()
+    while True:
+        while todo and (len(p) < buffer or p.tokens < row_len):
+            d, n = todo.pop(0)
+            p.add(d, None, n)
+        if p.tokens < row_len: break
+        oldest = next(iter(p.items.values()))[0]
+        row = p.row()
+        assert row[0][0] == oldest                                # the queue moves
+        assert sum(n + 1 for *_, n in row) == row_len             # full, no padding
+        for d, _, first, n in row:
+            assert first == seen[d] and d not in done             # in order, nothing twice
+            seen[d] += n
+            if seen[d] == lens[d] and d not in [i[0] for i in p.items.values()]: done.add(d)
+        rows += 1
+        cut = [d for d, _, first, n in row if first + n < lens[d]]
+        assert not cut or cut == [row[-1][0]]                     # a cut only ever ends a row
+    left = {d: lens[d] - offset for d, _, offset, _ in p.items.values()}
+    assert all(seen[d] + left.get(d, 0) == lens[d] for d in range(len(lens)))
+    assert p.tokens == sum(n + 1 for n in left.values()) < row_len
+
+
+@settings(max_examples=100, deadline=None)
+@given(lens=st.lists(st.integers(0, 29), min_size=1, max_size=80), buffer=st.integers(1, 30))
+def test_packer_without_cutting_keeps_documents_whole(lens, buffer):
+    p, todo, out = Packer(30), list(enumerate(lens)), []
+    while todo or len(p):
+        while todo and len(p) < buffer: p.add(todo[0][0], None, todo.pop(0)[1])
+        row = p.row(cut=False)
+        assert sum(n + 1 for *_, n in row) <= 30
+        out += [(d, n) for d, _, first, n in row]
+    assert sorted(out) == list(enumerate(lens))
+
+
+def test_every_conversation_once_an_epoch_and_no_row_without_target(made):
+    loader = chat(made, seq_len=600, batch_rows=1)
+    seen = {}
+    while loader.epoch < 2:
+        row = loader.next_row()
+        assert any(m for _, (_, mask), *_ in row for m in mask)
+        for (epoch, i), *_ in row: seen.setdefault(epoch, []).append(i)
+    for epoch in (0, 1): assert sorted(seen[epoch]) == list(range(120))
+    assert loader.n_cut == loader.n_dropped == 0
+
+
+def test_chat_targets_are_the_next_input_or_nothing(made):
+    loader = chat(made)
+    for _ in range(40):
+        x, y = next(loader)
+        assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (8, 160)
+        assert (y >= 0).any(1).all() and (x[:, 0] == made[2].bos_id).all()
+        assert ((y == -1) | (y == torch.cat([x[:, 1:], y[:, -1:]], 1))).all()
+
+
+def conversation(*turns): return {"messages": [{"role": r, "content": c} for r, c in zip(("user", "assistant") * 9, turns)]}
+
+
+def test_supervised_tokens_are_the_assistants_words(made):
+    tok, want = made[2], set()
+    chats = [conversation(f"问题 {i}？ question", f"回答 {i}。 answer", "再来", f"好的 {i} ok") for i in range(50)]
+    for i in range(50): want |= {f"回答 {i}。 answer", f"好的 {i} ok"}
+    loader, got = ChatLoader(chats, tok, seq_len=300, batch_rows=2), []
+    while loader.epoch < 1:
+        _, y = next(loader)
+        got += tok.decode([i for i in y.flatten().tolist() if i >= 0]).split("<|assistant_end|>")
+    assert set(got) - {""} == want
+
+
+def test_long_conversations_end_at_a_turn(made):
+    tok = made[2]
+    one = conversation("你好", "好！")
+    three = conversation(*[m["content"] for m in one["messages"]] * 3)
+    n = len(tok.render(one)[0])
+    for T, want in ((3 * n, three), (n + 5, one), (n - 1, one)):
+        loader = ChatLoader([three], tok, seq_len=T, batch_rows=1)
+        x, y = next(loader)
+        ids, mask = tok.render(want)
+        assert x[0, :len(ids)].tolist() == ids[:T] and y[0, :len(ids) - 1].tolist() == [i if m else -1 for i, m in zip(ids, mask)][1:]
+        assert loader.n_cut == (want is not three) and loader.n_dropped == 0
+    answer = len(tok.render({"messages": one["messages"][:1]})[0]) + 1   # up to <|assistant_start|>
+    assert ChatLoader([one], tok, seq_len=answer, batch_rows=1).fit(0)[0][1][-1] == 1   # one word of the answer is left
+    assert ChatLoader([one], tok, seq_len=answer - 1, batch_rows=1).fit(0) == (None, True)
+    mixed = ChatLoader([one, conversation("长" * 500, "短")], tok, seq_len=n, batch_rows=1)
+    for _ in range(5): next(mixed)
+    assert (mixed.n_cut, mixed.n_dropped) == (0, 1)
+
+
+def test_mix_rows(made):
+    x, y = next(mix(made))
+    a, b = next(chat(made)), next(text(made, seq_len=160, batch_rows=4))
+    assert torch.equal(x, torch.cat([a[0], b[0]])) and torch.equal(y, torch.cat([a[1], b[1]]))
+    m = mix(made)
+    next(m)
+    assert m.tokens_seen == 12 * 160 and m.epoch == 0 and m.n_cut == m.chat.n_cut and m.last_ms > 0
+    with pytest.raises(NanochatError, match="text_rows=3"): MixLoader(m.text, m.chat, text_rows=3)
+    with pytest.raises(NanochatError, match="seq_len=48, the chat loader seq_len=160"): MixLoader(text(made), chat(made))
+
+
+@pytest.mark.parametrize("lang", ["zh", "en"])
+def test_eval_batches_are_the_documents_of_one_language(made, lang):
+    folder, _, tok, _ = made
+    batches = eval_batches(folder, tok, lang=lang, seq_len=64, batch_rows=2, n_tokens=10**6)
+    ids = [i for t in iter_texts(folder, "val", lang) for i in (tok.bos_id, *tok.encode(t))]
+    assert [i for _, y in batches for i in y.flatten().tolist() if i >= 0] == ids[1:]
+    assert [i for x, _ in batches for i in x.flatten().tolist()][:len(ids) - 1] == ids[:-1]
+    few = eval_batches(folder, tok, lang=lang, seq_len=64, batch_rows=2, n_tokens=129)
+    assert len(few) == 2 and all(torch.equal(a, b) for f, g in zip(few, batches) for a, b in zip(f, g))
+
+
+def test_tiny_corpora_still_fill_batches(made, tmp_path):
+    write_shards(made[1][:6], tmp_path / "tiny", source="tiny")
+    loader = TextLoader(tmp_path / "tiny", made[2], seq_len=512, batch_rows=2)
+    assert next(loader)[0].shape == (2, 512) and loader.epoch > 0
+    english = [d for d in made[1] if d["lang"] == "en"][:20]
+    write_shards(english, tmp_path / "en", source="en")
+    assert eval_batches(tmp_path / "en", made[2], lang="zh", seq_len=8, batch_rows=2, n_tokens=9) == []
+    assert next(ChatLoader(made[3][:1], made[2], seq_len=512, batch_rows=4))[1].max() >= 0
+
+
+def test_errors_name_the_thing_and_the_remedy(made, tmp_path):
+    folder, _, tok, chats = made
+    def fails(match, make):
+        with pytest.raises(NanochatError, match=match): make()
+    fails(r"batch_rows=6 .* world_size=4 .* use batch_rows=8", lambda: text(made, batch_rows=6, world_size=4))
+    fails("rank=4 is not one of the ranks 0…3", lambda: chat(made, rank=4, world_size=4))
+    fails("seq_len=0", lambda: text(made, seq_len=0))
+    fails("no documents of split 'test'", lambda: text(made, split="test"))
+    fails("no manifest.json", lambda: TextLoader(tmp_path, tok, seq_len=8, batch_rows=1))
+    fails("lang='fr'", lambda: eval_batches(folder, tok, lang="fr", seq_len=8, batch_rows=1, n_tokens=9))
+    fails("no conversations", lambda: ChatLoader([], tok, seq_len=8, batch_rows=1))
+    fails("none of 120 conversations .* longer seq_len", lambda: next(chat(made, seq_len=2)))
+    fails("conversation 0: message 0: role 'assistant'",
+          lambda: next(ChatLoader([{"messages": [{"role": "assistant", "content": "?"}]}], tok, seq_len=8, batch_rows=1)))
+    state = text(made).state_dict()
+    fails("seed=0, this loader has 1; use the same seed", lambda: text(made, seed=1).load_state_dict(state))
+    fails("kind='text'", lambda: chat(made).load_state_dict(state))
+
+
+def test_damaged_shards(made, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(made[0], broken)
+    name = DocStream(broken).shards[0]["name"]
+    whole = (broken / name).read_bytes()
+    def run():
+        loader = TextLoader(broken, made[2], seq_len=48, batch_rows=8)
+        while loader.epoch < 1: next(loader)
+    (broken / name).write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(NanochatError, match=f"cannot read shard .*{name}.*prepare the data again"): run()
+    (broken / name).unlink()
+    with pytest.raises(NanochatError, match=f"lacks 1 of its shards: {name}"): run()
+    manifest = json.loads((broken / "manifest.json").read_text(encoding="utf-8"))
+    (broken / name).write_bytes(whole)
+    for s in manifest["shards"]: s["rows"] += s["name"] == name
+    (broken / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(NanochatError, match="its manifest says"): run()
