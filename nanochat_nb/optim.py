@@ -36,10 +36,10 @@ def best_quintic(
         q, r = math.sqrt((-3*b - d) / (10*c)), math.sqrt((-3*b + d) / (10*c))
     return a, b, c, E
 
-# %% ../nbs/02a_optim.ipynb #9069796c
+# %% ../nbs/02a_optim.ipynb #261786b6
 @functools.lru_cache
 def polar_express(
-    n_steps: int = 5,     # polynomials, four products of matrices each
+    n_steps: int = 5,     # polynomials, three products of matrices each
     l: float = 1e-3,      # singular values below l times the Frobenius norm need not reach 1
     safety: float = 1.01, # room for rounding above the largest singular value
 ) -> tuple:               # one (a, b, c) a step
@@ -97,7 +97,7 @@ def adamw_group(
     "A param group for AdamW; `fused` also makes torch keep `step` beside the parameters."
     return dict(kind="adamw", params=list(params), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
 
-# %% ../nbs/02a_optim.ipynb #dc40c4d6
+# %% ../nbs/02a_optim.ipynb #2f2da8c4
 @functools.lru_cache
 def _compiled(): return torch.compile(orthogonalize, dynamic=False)
 
@@ -112,8 +112,9 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__init__([g | dict(initial_lr=g["lr"], initial_weight_decay=g["weight_decay"]) for g in groups], {})
         device = groups[0]["params"][0].device
         if compile is None: compile = device.type == "cuda" and importlib.util.find_spec("triton") is not None
-        self.orthogonalize = functools.partial(_compiled() if compile else orthogonalize,
-                                               coefficients=coefficients or polar_express(), dtype=dtype)
+        f = _compiled() if compile else orthogonalize
+        self.orthogonalize = functools.partial(f, coefficients=coefficients or polar_express(),
+                                               dtype=dtype or matmul_dtype(device))
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -118,6 +118,15 @@ def test_plan_options():
     for bad in (dict(depth=0), dict(depth=4, ratio=0.), dict(depth=4, device_batch=0), dict(depth=4, seq_len=0)):
         with pytest.raises(NanochatError, match=min(bad, key=bad.get)): plan(**bad)
 
+def test_compiles_whole_and_once_a_shape():
+    compiled = []
+    backend = lambda graph, inputs: compiled.append(1) or graph.forward
+    f = torch.compile(orthogonalize, dynamic=False, fullgraph=True, backend=backend)
+    for shape in ((2, 8, 8), (3, 16, 8), (2, 8, 8), (3, 16, 8)):
+        G = torch.randn(shape)
+        torch.testing.assert_close(f(G, polar_express(), torch.float32), orthogonalize(G, **f32), atol=1e-5, rtol=0)
+    assert len(compiled) == 2
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_cuda_compiled_equals_eager():
     def run(compile):
