@@ -7,7 +7,7 @@ __all__ = ['COLOURS', 'CHAR_BYTE', 'SPLIT_PATTERN', 'SPECIAL', 'show_pieces', 'c
            'show_tokens', 'compression', 'check_messages', 'show_mask', 'StreamDecoder', 'TokenizerSettings',
            'sample_texts', 'recipe_of', 'prepare_tokenizer', 'main']
 
-# %% ../nbs/01_tokenizer.ipynb #9d3fd479
+# %% ../nbs/01_tokenizer.ipynb #d23d0583
 import codecs, hashlib, html, json, sys, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ import tokenizers
 from fastcore.basics import patch
 from IPython.display import HTML
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .data import DataSettings, iter_texts, prepare, read_manifest, source_folder
 from .settings import NanochatError, atomic_path, base_dir, did_you_mean, read_json, run_main, write_json
 
@@ -32,17 +32,20 @@ def _span(piece, colour: str, note="") -> str:
     return (f"<span style='display:inline-block;text-align:center;background:{colour};color:#222;border-radius:3px;"
             f"padding:0 3px;margin:1px'>{text}{note}</span>")
 
-# %% ../nbs/01_tokenizer.ipynb #c437518f
+# %% ../nbs/01_tokenizer.ipynb #27e277a2
 def show_pieces(
     rows: dict,      # label → pieces, str or bytes
     colours=COLOURS, # cycled along a row
     notes=(),        # small notes below the pieces, e.g. their ids
 ) -> HTML:
     "Rows of pieces in colour, to compare ways of cutting."
-    def patches(ps): return " ".join(_span(p, colours[i % len(colours)], notes[i] if i < len(notes) else "") for i, p in enumerate(ps))
-    cell = "<td style='text-align:{}'>{}</td>"
-    return HTML("<table>" + "".join("<tr>" + (cell.format("right;white-space:nowrap", html.escape(k)) if k else "")
-                                    + cell.format("left", patches(ps)) + "</tr>" for k, ps in rows.items()) + "</table>")
+    def patches(ps):
+        notes_ = [*notes, *[""] * len(ps)]
+        return " ".join(_span(p, colours[i % len(colours)], notes_[i]) for i, p in enumerate(ps))
+    cell = "<td style='text-align:{}'>{}</td>".format
+    head = {k: cell("right;white-space:nowrap", html.escape(k)) if k else "" for k in rows}
+    body = "".join(f"<tr>{head[k]}{cell('left', patches(ps))}</tr>" for k, ps in rows.items())
+    return HTML(f"<table>{body}</table>")
 
 # %% ../nbs/01_tokenizer.ipynb #152465c4
 def _byte_chars() -> dict:
@@ -64,7 +67,7 @@ SPLIT_PATTERN = (r"\p{Han}{1,4}"                           # Chinese: at most fo
 SPECIAL = ("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
            "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
 
-# %% ../nbs/01_tokenizer.ipynb #aa5c95c5
+# %% ../nbs/01_tokenizer.ipynb #765009f4
 def check_text(
     text: str,           # any text
     what: str = "text",  # how an error calls it
@@ -73,11 +76,11 @@ def check_text(
     if not isinstance(text, str): raise NanochatError(f"{what}: expected a string, got {type(text).__name__}")
     try: text.encode("utf-8")
     except UnicodeEncodeError as e:
-        raise NanochatError(f"{what}: lone surrogate {text[e.start]!r} at character {e.start} cannot be written in UTF-8; "
+        raise NanochatError(f"{what}: lone surrogate {text[e.start]!r} at character {e.start} has no UTF-8 form; "
                             "repair the text, e.g. text.encode('utf-8', 'replace').decode()") from None
     return text
 
-# %% ../nbs/01_tokenizer.ipynb #2acf9e89
+# %% ../nbs/01_tokenizer.ipynb #a50a686c
 class Tokenizer:
     "Text ↔ token ids, and conversations → ids with a loss mask."
     def __init__(self,
@@ -91,7 +94,7 @@ class Tokenizer:
         self.vocab_size = self._tk.get_vocab_size()
         self._special = {s: self._tk.token_to_id(s) for s in SPECIAL}
         missing = [s for s, i in self._special.items() if i is None]
-        if missing: raise NanochatError(f"this tokenizer lacks the special tokens {missing}; make one with train_tokenizer")
+        if missing: raise NanochatError(f"tokenizer.json lacks special tokens {missing}; make it with train_tokenizer")
         self.special_ids, self.bos_id = set(self._special.values()), self._special["<|bos|>"]
         self._bytes = [self._token_bytes(self._tk.id_to_token(i)) for i in range(self.vocab_size)]
 
@@ -101,7 +104,7 @@ class Tokenizer:
 
     def __reduce__(self): return Tokenizer, (self.spec, self.meta)
 
-# %% ../nbs/01_tokenizer.ipynb #1ec54308
+# %% ../nbs/01_tokenizer.ipynb #901e6a9a
 def train_tokenizer(
     texts,                        # iterable of str, read once
     vocab_size: int,              # tokens asked for, special ones included; a short text may yield fewer
@@ -111,19 +114,20 @@ def train_tokenizer(
     "Train byte-level BPE: 256 bytes, then merges, then the nine special tokens."
     least = 256 + len(SPECIAL)
     if vocab_size < least:
-        raise NanochatError(f"vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL)} special tokens make {least}")
+        raise NanochatError(f"vocab_size={vocab_size} is below {least}: 256 bytes and {len(SPECIAL)} special tokens")
     tk = tokenizers.Tokenizer(models.BPE())
     try: split = pre_tokenizers.Split(Regex(pattern), "isolated")
     except Exception as e: raise NanochatError(f"pattern={pattern!r} is no valid regular expression: {e}") from None
-    tk.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tk.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(SPECIAL), initial_alphabet=list(CHAR_BYTE), show_progress=False)
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tk.pre_tokenizer, tk.decoder = pre_tokenizers.Sequence([split, to_bytes]), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(SPECIAL), initial_alphabet=list(CHAR_BYTE),
+                                  show_progress=False)
     tk.train_from_iterator((check_text(t, f"training text {i}") for i, t in enumerate(texts)), trainer)
     tk.add_special_tokens(list(SPECIAL))
     spec = json.dumps(json.loads(tk.to_str()), ensure_ascii=False, sort_keys=True, indent=1) + "\n"
     return Tokenizer(spec, dict(meta or {}, pattern=pattern))
 
-# %% ../nbs/01_tokenizer.ipynb #18c40c30
+# %% ../nbs/01_tokenizer.ipynb #ab01afce
 @patch
 def special(self: Tokenizer,
     name: str, # "bos" or "<|bos|>"
@@ -133,6 +137,7 @@ def special(self: Tokenizer,
     if full not in self._special: raise NanochatError(f"no special token {full!r}{did_you_mean(full, SPECIAL)}")
     return self._special[full]
 
+# %% ../nbs/01_tokenizer.ipynb #32fdfc21
 @patch
 def encode(self: Tokenizer,
     text: str,    # special strings in it stay text
@@ -177,7 +182,7 @@ def compression(
     n = sum(map(len, tokenizer.encode_batch(texts)))
     return sum(len(t.encode("utf-8")) for t in texts) / n if n else float("nan")
 
-# %% ../nbs/01_tokenizer.ipynb #8616eeed
+# %% ../nbs/01_tokenizer.ipynb #02580ba5
 def _parts(
     content,    # str, or list of {"type", "text"}
     where: str, # how an error calls the message
@@ -186,25 +191,29 @@ def _parts(
     if isinstance(content, str): return [("text", check_text(content, where))]
     if not isinstance(content, list):
         raise NanochatError(f"{where}: content must be a string or a list of parts, not {type(content).__name__}")
+    types = ("text", "python", "python_output")
     for j, p in enumerate(content):
-        if not isinstance(p, dict) or p.get("type") not in ("text", "python", "python_output") or not isinstance(p.get("text"), str):
-            raise NanochatError(f"{where}, part {j}: expected {{'type': 'text'|'python'|'python_output', 'text': str}}, got {p!r:.80}")
+        if not (isinstance(p, dict) and p.get("type") in types and isinstance(p.get("text"), str)):
+            raise NanochatError(f"{where}, part {j}: expected 'type' (one of {', '.join(types)}) and a string 'text', "
+                                f"got {repr(p)[:80]}")
     return [(p["type"], check_text(p["text"], f"{where}, part {j}")) for j, p in enumerate(content)]
 
-# %% ../nbs/01_tokenizer.ipynb #308bd65f
+# %% ../nbs/01_tokenizer.ipynb #e8b7beec
 def check_messages(
     messages: list, # of {"role", "content"}
 ) -> list:          # of (role, [(type, text), …]), the system message merged into the first user message
     "Check roles and contents; an error names the message by its index, from 0."
-    if not isinstance(messages, list) or not messages: raise NanochatError("a conversation needs a list of messages, not " + repr(messages)[:80])
+    if not isinstance(messages, list) or not messages:
+        raise NanochatError(f"a conversation needs a list of messages, not {repr(messages)[:80]}")
     out, system = [], ""
     for i, m in enumerate(messages):
-        if not isinstance(m, dict): raise NanochatError(f"message {i}: expected {{'role', 'content'}}, got {m!r:.80}")
+        if not isinstance(m, dict):
+            raise NanochatError(f"message {i}: expected a role and a content, got {repr(m)[:80]}")
         role, parts = m.get("role"), _parts(m.get("content"), f"message {i}")
         want = ("user", "assistant")[len(out) % 2]
         if role != want and not (role == "system" and i == 0):
-            raise NanochatError(f"message {i}: role {role!r} where {want!r} was expected; roles alternate user, assistant, … "
-                                "after at most one system message at the start")
+            raise NanochatError(f"message {i}: role {role!r} where {want!r} was expected; roles alternate "
+                                "user, assistant, … after at most one system message")
         if role != "assistant" and any(kind != "text" for kind, _ in parts):
             raise NanochatError(f"message {i}: a {role} message holds text parts only")
         if role == "system": system = "".join(t for _, t in parts) + "\n\n"
@@ -213,13 +222,14 @@ def check_messages(
     if not out: raise NanochatError("message 0: a system message needs a user message after it")
     return out
 
-# %% ../nbs/01_tokenizer.ipynb #9bb8c8b1
+# %% ../nbs/01_tokenizer.ipynb #d8b052cd
 @patch
 def render(self: Tokenizer,
-    conversation: dict,                # {"messages": [{"role", "content"}, …]}
-) -> tuple[list[int], list[int]]:      # ids; mask, 1 where the model is to learn
+    conversation: dict,           # {"messages": [{"role", "content"}, …]}
+) -> tuple[list[int], list[int]]: # ids; mask, 1 where the model is to learn
     "A conversation as ids, with the loss mask: 1 on assistant text, tool calls and `<|assistant_end|>`."
-    if not isinstance(conversation, dict): raise NanochatError(f"a conversation is {{'messages': […]}}, not {conversation!r:.80}")
+    if not isinstance(conversation, dict):
+        raise NanochatError(f"a conversation is a dict with 'messages', not {repr(conversation)[:80]}")
     ids, mask = [self.bos_id], [0]
     def add(new, learn): ids.extend(new); mask.extend([int(learn)] * len(new))
     for role, parts in check_messages(conversation.get("messages")):
@@ -232,14 +242,15 @@ def render(self: Tokenizer,
         add([self.special(role + "_end")], learn)
     return ids, mask
 
+# %% ../nbs/01_tokenizer.ipynb #c5e44526
 @patch
 def render_prompt(self: Tokenizer,
     messages: list, # the last one is the user's
 ) -> list[int]:     # ids; the last is `<|assistant_start|>`
     "Ids after which it is the assistant's turn."
     ids = self.render({"messages": messages})[0]
-    if messages[-1]["role"] != "user":
-        raise NanochatError(f"message {len(messages) - 1}: a prompt ends with a user message, not {messages[-1]['role']!r}")
+    n, last = len(messages) - 1, messages[-1]["role"]
+    if last != "user": raise NanochatError(f"message {n}: a prompt ends with a user message, not {last!r}")
     return ids + [self.special("assistant_start")]
 
 # %% ../nbs/01_tokenizer.ipynb #53aace47
@@ -276,7 +287,7 @@ def token_bytes(self: Tokenizer) -> list[int]: # (vocab_size,)
     "Bytes of text that each token stands for; 0 for special tokens."
     return [0 if i in self.special_ids else len(b) for i, b in enumerate(self._bytes)]
 
-# %% ../nbs/01_tokenizer.ipynb #ca9a8a35
+# %% ../nbs/01_tokenizer.ipynb #b69d6d56
 @patch
 def save(self: Tokenizer,
     folder: str | Path, # made if absent
@@ -290,6 +301,7 @@ def save(self: Tokenizer,
     write_json(folder/"meta.json", self.meta | dict(vocab_size=self.vocab_size, special=list(SPECIAL), hash=self.hash))
     return folder
 
+# %% ../nbs/01_tokenizer.ipynb #a318cfb8
 @patch(cls_method=True)
 def load(cls: Tokenizer,
     folder: str | Path, # holds tokenizer.json and meta.json
@@ -332,23 +344,25 @@ def sample_texts(
             yield t
             if count["characters"] >= max_chars: return
 
-# %% ../nbs/01_tokenizer.ipynb #bc9a14ee
+# %% ../nbs/01_tokenizer.ipynb #5d00d368
 def _data_folder(cfg: TokenizerSettings) -> Path:
     "The shards of a source as they are; made only where there are none."
     data = DataSettings(source=cfg.source, base_dir=cfg.base_dir)
     folder = source_folder(data)
     return folder if (folder/"manifest.json").exists() else prepare(data)
 
+# %% ../nbs/01_tokenizer.ipynb #2a54c7d8
 def recipe_of(
     cfg: TokenizerSettings,
     manifest: dict, # of the data folder
 ) -> dict:
     "What the tokenizer is a function of."
-    data = hashlib.sha256("".join(s["sha256"] for s in manifest["shards"] if s["split"] == "train").encode()).hexdigest()
+    shards = "".join(s["sha256"] for s in manifest["shards"] if s["split"] == "train")
     return dict(source=cfg.source, vocab_size=cfg.vocab_size, max_chars=cfg.max_chars, doc_cap=cfg.doc_cap,
-                pattern=cfg.pattern or SPLIT_PATTERN, special=list(SPECIAL), data=data)
+                pattern=cfg.pattern or SPLIT_PATTERN, special=list(SPECIAL),
+                data=hashlib.sha256(shards.encode()).hexdigest())
 
-# %% ../nbs/01_tokenizer.ipynb #c87e9d7f
+# %% ../nbs/01_tokenizer.ipynb #1501e68a
 def prepare_tokenizer(
     cfg: TokenizerSettings,
 ) -> Tokenizer:
@@ -363,20 +377,23 @@ def prepare_tokenizer(
         else:
             if old.meta.get("recipe") == recipe: return old
     start = time.perf_counter()
-    tok = train_tokenizer(sample_texts(iter_texts(data, "train"), cfg.max_chars, cfg.doc_cap, meta), cfg.vocab_size, recipe["pattern"])
-    if not meta["characters"]: raise NanochatError(f"{data} holds no training text; choose another source than {cfg.source!r}")
-    tok.meta |= meta | dict(recipe=recipe, seconds=round(time.perf_counter() - start, 2), bytes_per_token={
-        lang: round(compression(tok, list(sample_texts(iter_texts(data, "val", lang), 1_000_000, cfg.doc_cap, {}))), 3) for lang in ("zh", "en")})
+    texts = sample_texts(iter_texts(data, "train"), cfg.max_chars, cfg.doc_cap, meta)
+    tok = train_tokenizer(texts, cfg.vocab_size, recipe["pattern"])
+    if not meta["characters"]: raise NanochatError(f"{data} holds no text to train on; check the source {cfg.source!r}")
+    val = {k: list(sample_texts(iter_texts(data, "val", k), 1_000_000, cfg.doc_cap, {})) for k in ("zh", "en")}
+    tok.meta |= meta | dict(recipe=recipe, seconds=round(time.perf_counter() - start, 2),
+                            bytes_per_token={k: round(compression(tok, v), 3) for k, v in val.items() if v})
     tok.save(folder)
     return Tokenizer.load(folder)
 
-# %% ../nbs/01_tokenizer.ipynb #5abb21ef
+# %% ../nbs/01_tokenizer.ipynb #2144782c
 def main(cfg: TokenizerSettings) -> Tokenizer:
     "Make the tokenizer, or find it made, and print what it is as one JSON object."
     tok = prepare_tokenizer(cfg)
     if tok.vocab_size < cfg.vocab_size:
         print(f"the text has no more pairs to merge: {tok.vocab_size} of {cfg.vocab_size} tokens", file=sys.stderr)
-    print(json.dumps({k: tok.meta.get(k) for k in ("vocab_size", "characters", "documents", "seconds", "bytes_per_token", "hash")}))
+    keys = ("vocab_size", "characters", "documents", "seconds", "bytes_per_token", "hash")
+    print(json.dumps({k: tok.meta.get(k) for k in keys}))
     return tok
 
 # %% ../nbs/01_tokenizer.ipynb #7cb9787b
