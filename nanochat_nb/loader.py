@@ -385,7 +385,7 @@ def eval_batches(
     x, y = torch.tensor(ids[:-1] + [bos] * pad), torch.tensor(ids[1:] + [-1] * pad)
     return list(zip(x.view(-1, batch_rows, seq_len), y.view(-1, batch_rows, seq_len)))
 
-# %% ../nbs/01a_loader.ipynb #7f308655
+# %% ../nbs/01a_loader.ipynb #cd88c247
 def loader_warning(
     loader_ms: float,  # spent waiting for a batch
     step_ms: float,    # the whole step
@@ -393,4 +393,4 @@ def loader_warning(
     "What to say when the loader holds the training up."
     if loader_ms <= 0.1 * step_ms: return ""
     return (f"the loader takes {loader_ms:.0f} ms of a {step_ms:.0f} ms step ({loader_ms / step_ms:.0%}): "
-            "give the tokenizer more CPU cores, put the shards on a local SSD, or tokenise beforehand")
+            "give the process more CPU cores, which the tokenizer uses all, or put the shards on a local SSD")
