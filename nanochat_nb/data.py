@@ -7,7 +7,7 @@ __all__ = ['HUBS', 'SOURCES', 'PACKAGES', 'lang_of', 'read_documents', 'choose_v
            'read_manifest', 'shard_paths', 'iter_texts', 'verify', 'read_conversations', 'remote_info', 'fetch',
            'DataSettings', 'source_files', 'source_folder', 'prepare', 'DataFlags', 'main']
 
-# %% ../nbs/00_data.ipynb #c49fbec0
+# %% ../nbs/00_data.ipynb #012e38e2
 import errno, fcntl, hashlib, http.client, json, os, random, re, shutil, sqlite3, subprocess, sys, tempfile, threading
 import urllib.error, urllib.parse, urllib.request, zipfile
 from collections import defaultdict
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import pyarrow as pa, pyarrow.compute as pc, pyarrow.parquet as pq
 from tqdm.auto import tqdm
-from . import world
+from . import settings, world
 from .settings import *
 
 # %% ../nbs/00_data.ipynb #f3e393eb
@@ -320,7 +320,7 @@ def remote_info(
     size, sha256 = seen.get("x-linked-size") or r.headers["Content-Length"], re.fullmatch("[0-9a-f]{64}", etag)
     return {"size": int(size), "sha256": etag if sha256 else "", "revision": seen.get("x-repo-commit", "")}
 
-# %% ../nbs/00_data.ipynb #985e4970
+# %% ../nbs/00_data.ipynb #3efb1ba2
 class _Retry(Exception): "A failure worth another try."
 
 def _pull(url: str, part: Path, info: dict, timeout: float, stop: threading.Event) -> None:
@@ -329,7 +329,7 @@ def _pull(url: str, part: Path, info: dict, timeout: float, stop: threading.Even
     if have < info["size"]:
         r, _ = _open(url, timeout, headers={"Range": f"bytes={have}-"} if have else None)
         with r, open(part, "ab" if r.status == 206 else "wb") as f:
-            while piece := r.read(1 << 18):
+            while piece := r.read1(1 << 18):
                 if stop.is_set(): raise _Retry("stopped")
                 f.write(piece)
     got = part.stat().st_size
@@ -353,7 +353,7 @@ def _reason(e: Exception, url: str, part: Path, pause: float) -> tuple[str, floa
     if isinstance(e, (_Retry, OSError, http.client.HTTPException)): return str(e) or type(e).__name__, pause
     raise e
 
-# %% ../nbs/00_data.ipynb #a56d31f1
+# %% ../nbs/00_data.ipynb #6c6cf4f4
 def fetch(
     url: str,
     path: str | Path,       # final file; `<path>.part` holds what has come so far
@@ -363,8 +363,7 @@ def fetch(
     stop: threading.Event | None = None,
 ) -> dict:                  # size, sha256, revision
     "Fetch a file, whole or not at all: resumes, retries, checks size and hash, renames last."
-    path, stop, fails, why = Path(path), stop or threading.Event(), 0, ""
-    part = path.with_name(path.name + ".part")
+    path, part, stop, fails, why = Path(path), Path(f"{path}.part"), stop or threading.Event(), 0, ""
     while fails < tries and not stop.is_set():
         had, pause = part.stat().st_size if part.exists() else 0, wait * 2**fails
         try:
@@ -378,7 +377,7 @@ def fetch(
         fails = 1 if part.exists() and part.stat().st_size > had else fails + 1
         stop.wait(pause if fails < tries else 0)
     why = "stopped" if stop.is_set() else f"{why}, {tries} times"
-    raise NanochatError(f"could not fetch {url}: {why}; what came is kept, run it again to go on")
+    raise NanochatError(f"could not fetch {url}: {why}; run it again to go on")
 
 # %% ../nbs/00_data.ipynb #9ba0923c
 @dataclass
@@ -419,7 +418,7 @@ def source_files(
     if not files: raise NanochatError("source is empty; name one, for example world")
     return files
 
-# %% ../nbs/00_data.ipynb #63d5830c
+# %% ../nbs/00_data.ipynb #96e4f9fb
 def source_folder(cfg: DataSettings) -> Path:
     "Where the shards of a source live: base_data/<source>, for paths a readable name and a short hash."
     name = cfg.source
@@ -427,7 +426,7 @@ def source_folder(cfg: DataSettings) -> Path:
         roots = [Path(s).expanduser().absolute() for s in filter(None, map(str.strip, name.split(",")))]
         slug = re.sub(r"[^\w-]+", "-", "-".join(r.stem for r in roots))[:40].strip("-")
         name = f"{slug}-{hashlib.sha256(','.join(map(str, roots)).encode()).hexdigest()[:8]}"
-    return base_dir(cfg.base_dir) / "base_data" / name
+    return settings.base_dir(cfg.base_dir) / "base_data" / name
 
 # %% ../nbs/00_data.ipynb #a6f492f9
 PACKAGES = {
@@ -501,12 +500,13 @@ def _fetch_shards(cfg: DataSettings, folder: Path) -> None:
         pool.shutdown(cancel_futures=True)
         if whole: write_json(path, m | {"shards": [whole[n] for n in sorted(whole)]})
 
-# %% ../nbs/00_data.ipynb #a699f35c
+# %% ../nbs/00_data.ipynb #be30123e
 def _recipe(cfg: DataSettings) -> dict:
     "Everything, besides the seed, that determines the shards of a repackaged source."
     def pick(*names): return {k: getattr(cfg, k) for k in names}
-    r = {"format": 1} | pick("source", "val_fraction", "chars_per_shard")
-    if cfg.source == "world": return r | pick("n_people", "n_chars", "world_seed") | {"code": file_sha256(world.__file__)}
+    r = {"format": 1} | pick("val_fraction", "chars_per_shard")
+    if cfg.source == "world":
+        return r | pick("n_people", "n_chars", "world_seed") | {"code": file_sha256(world.__file__)}
     if cfg.source == "pypi": return r | {"packages": [f"{k}=={v}" for k, (v, _) in PACKAGES.items()]}
     stats = [(str(p), p.stat()) for p in source_files(cfg.source)]
     return r | {"files": [{"path": p, "bytes": s.st_size, "mtime_ns": s.st_mtime_ns} for p, s in stats]}

