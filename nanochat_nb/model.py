@@ -239,7 +239,7 @@ def from_hf(
     model.load_state_dict({name(n): p for n, p in state.items()})
     return model
 
-# %% ../nbs/02_model.ipynb #2517c5f5
+# %% ../nbs/02_model.ipynb #f572c14f
 class KVCache:
     "Keys and values of every layer for `batch` rows of up to `max_len` tokens, each row with its own length."
     def __init__(self,
@@ -250,7 +250,7 @@ class KVCache:
         dtype: torch.dtype = torch.float32, # bfloat16 halves the memory
     ):
         if max_len > cfg.seq_len:
-            raise NanochatError(f"KVCache max_len={max_len} exceeds the model's seq_len={cfg.seq_len}; ask for fewer tokens")
+            raise NanochatError(f"KVCache max_len={max_len} exceeds seq_len={cfg.seq_len}; ask for fewer tokens")
         shape = (cfg.n_layer, batch, max_len, cfg.n_kv_head, cfg.head_dim)
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in "kv")
         self.max_len, self.lengths = max_len, [0] * batch

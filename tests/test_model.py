@@ -1,0 +1,91 @@
+"What of the model does not read well as a notebook cell: the command, compilation, generation against transformers."
+import json, subprocess, sys
+import pytest, torch
+from nanochat_nb.model import GPT, GPTConfig, KVCache, config_from_depth, to_hf
+
+def random_model(cfg, seed=0):
+    "A model none of whose parts is silent."
+    m, g = GPT(cfg), torch.Generator().manual_seed(seed)
+    for p in m.parameters(): p.data.normal_(0, 1 if p is m.wte.weight else p.shape[1]**-.5, generator=g)
+    return m
+
+def command(*flags):
+    return subprocess.run([sys.executable, "-m", "nanochat_nb.model", *flags], capture_output=True, text=True)
+
+@pytest.mark.parametrize("depth,params,flops,steps", [(10, 133038080, "7.038566e+08", 5075),
+    (20, 560988160, "3.491758e+09", 21400), (32, 1879048192, "1.207960e+10", 71680)])
+def test_command_prints_one_json_object_last(depth, params, flops, steps):
+    r = command("--depth", str(depth), "--vocab_size", "65536", "--arch", "classic")
+    out = json.loads(r.stdout.splitlines()[-1])
+    assert (r.returncode, out["params"], f"{out['flops_per_token']:.6e}", out["steps"]) == (0, params, flops, steps)
+    assert out["depth"] == out["n_layer"] == depth and out["n_embd"] == 64 * depth and out["tokens"] == 20 * params
+    assert out["memory_total"] == sum(v for k, v in out.items() if k.startswith("memory_") and k != "memory_total")
+
+@pytest.mark.parametrize("flags,says", [(("--depth", "0"), "depth=0"), (("--depth", "-3"), "depth=-3"),
+    (("--arch", "clasic"), "did you mean 'classic'"), (("--dpeth", "4"), "did you mean 'depth'"),
+    (("--vocab_size", "0"), "vocab_size=0"), (("--depth", "12", "--n_kv_head", "4"), "must divide n_head=6"),
+    (("--batch_tokens", "0"), "batch_tokens=0")])
+def test_command_refuses_bad_input_in_one_line(flags, says):
+    r = command(*flags)
+    assert r.returncode == 2 and r.stdout == "" and says in r.stderr and r.stderr.count("\n") == 1
+
+def loss_and_grads(f, m, x, y):
+    m.zero_grad()
+    loss = f(x, y); loss.backward()
+    return loss.item(), [p.grad.clone() for p in m.parameters()]
+
+def test_compiled_agrees_with_eager_in_bfloat16_and_in_slices():
+    m = random_model(GPTConfig(1, 2, 1, 32, 64, 16))
+    x = torch.randint(0, 64, (4, 16)); y = x.roll(-1, 1); y[:, -1] = -1
+    want, grads = loss_and_grads(m, m, x, y)
+    with torch.autocast("cpu", torch.bfloat16): low, g = loss_and_grads(torch.compile(m), m, x, y)
+    assert abs(low - want) < 2e-2
+    for a, b in zip(grads, g): assert b.dtype == torch.float32 and (a - b).norm() < 5e-2 * a.norm()
+    m.loss_chunk = 40 * 64                                       # two slices, the last one short
+    got, g = loss_and_grads(torch.compile(m), m, x, y)
+    assert abs(got - want) < 1e-5
+    for a, b in zip(grads, g): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+@torch.no_grad()
+def test_greedy_generation_equals_transformers():
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    m = random_model(GPTConfig(2, 4, 2, 64, 100, 48))
+    weights, config = to_hf(m)
+    hf = transformers.NanoChatForCausalLM(transformers.NanoChatConfig(**config, eos_token_id=None, pad_token_id=0)).eval()
+    hf.load_state_dict(weights)
+    prompt = torch.randint(0, 100, (2, 9), generator=torch.Generator().manual_seed(1))
+    want = hf.generate(prompt, max_new_tokens=20, do_sample=False)
+    cache, new, out = KVCache(m.cfg, 2, 48), prompt, [prompt]
+    for _ in range(20):
+        new = m(new, cache=cache)[:, -1:].argmax(-1)
+        out.append(new)
+    assert torch.equal(torch.cat(out, 1), want)
+
+@torch.no_grad()
+def test_cache_select_copies_and_drops_rows():
+    m = random_model(GPTConfig(2, 2, 2, 32, 50, 32))
+    x = torch.randint(0, 50, (3, 8)); cache = KVCache(m.cfg, 3, 32)
+    m(x, cache=cache); cache.lengths = [8, 3, 5]
+    some = cache.select([2, 0, 2])
+    nxt = torch.tensor([[1], [2], [3]])
+    got = m(nxt, cache=some)[:, 0]
+    for g, (row, n), t in zip(got, ((2, 5), (0, 8), (2, 5)), nxt):
+        torch.testing.assert_close(g, m(torch.cat((x[row, :n], t))[None])[0, -1], atol=1e-4, rtol=0)
+    assert cache.lengths.tolist() == [8, 3, 5] and some.lengths.tolist() == [6, 9, 6]
+
+@torch.no_grad()
+def test_ragged_cache_in_bfloat16():
+    m = random_model(GPTConfig(2, 2, 1, 32, 50, 32))
+    x, lengths = torch.randint(0, 50, (2, 12)), [4, 7]
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = KVCache(m.cfg, 2, 32, dtype=torch.bfloat16)
+        m(x[:, :7], cache=cache); cache.lengths = lengths
+        for t in range(3):
+            got = m(torch.stack([x[i, n + t] for i, n in enumerate(lengths)])[:, None], cache=cache)
+            for i, n in enumerate(lengths):
+                torch.testing.assert_close(got[i, 0], m(x[i:i+1, :n + t + 1])[0, -1], atol=.15, rtol=0)
+
+def test_every_depth_has_even_heads_of_at_most_128_and_counts_are_exact():
+    for depth in range(1, 65):
+        c = config_from_depth(depth, 1000)
+        assert c.n_embd == 64 * depth and c.n_head * c.head_dim == c.n_embd and 64 <= c.head_dim <= 128 and c.head_dim % 2 == 0
