@@ -200,7 +200,7 @@ def steps(self: Engine, prompts, max_tokens=256, temperature=1.0, top_k=None, se
         u = uniforms(seeds, max(room)).to(self.device)
         yield from self._decode(prompts, room, u, temperature, top_k, self.stop if stop is None else set(stop), tools)
 
-# %% ../nbs/05_engine.ipynb #b4481a67
+# %% ../nbs/05_engine.ipynb #eea8382c
 @patch
 def generate(self: Engine,
     prompts: list[list[int]],       # token ids; lengths may differ
@@ -210,7 +210,7 @@ def generate(self: Engine,
     seed: int | list[int] = 0,      # row r draws from seed + r, or from seed[r]
     stop: set[int] | None = None,   # tokens that end a row; default assistant_end and bos
     tools: bool = True,             # answer python calls
-    batch_size: int = 256,          # rows at once; has no influence on what is said
+    batch_size: int = 256,          # rows at once; no influence on the text, but for rounding
 ) -> list[list[int]]:               # new tokens of each row, without prompt and stop token
     "Continue many prompts, those of similar length in one batch."
     self._check(prompts, max_tokens, temperature, top_k)
