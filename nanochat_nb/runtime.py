@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['fast_bf16', 'pick_device', 'pick_dtype', 'Runtime', 'init_runtime', 'close_runtime', 'print0', 'barrier',
-           'broadcast_object', 'all_reduce_mean', 'compile_problem', 'can_compile', 'peak_flops', 'peak_memory',
-           'freeze_gc', 'read_metrics', 'Metrics', 'pack_state', 'unpack_state', 'rng_state', 'set_rng_state',
-           'write_state', 'read_state', 'steps_in', 'latest_step', 'save_checkpoint', 'damage', 'load_checkpoint',
-           'check_same_tokenizer', 'torchrun_command', 'launch', 'progress_text', 'ProgressLine', 'add_row',
-           'plot_metrics', 'in_notebook', 'LiveChart']
+           'broadcast_object', 'buckets', 'all_reduce_mean', 'can_compile', 'compile_problem', 'peak_flops',
+           'peak_memory', 'freeze_gc', 'read_metrics', 'Metrics', 'pack_state', 'unpack_state', 'rng_state',
+           'set_rng_state', 'write_state', 'read_state', 'steps_in', 'latest_step', 'save_checkpoint', 'damage',
+           'load_checkpoint', 'check_same_tokenizer', 'torchrun_command', 'Tail', 'explain_failure', 'launch',
+           'progress_text', 'ProgressLine', 'add_row', 'plot_metrics', 'LiveChart']
 
 # %% ../nbs/02b_runtime.ipynb #90721abf
 import collections, contextlib, ctypes, functools, gc, hashlib, json, math, os, platform, random, re, shutil
@@ -20,21 +20,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from .settings import NanochatError, atomic_path, base_dir, did_you_mean, read_json, write_json
 
-# %% ../nbs/02b_runtime.ipynb #e949203e
+# %% ../nbs/02b_runtime.ipynb #a9fbe42c
 def fast_bf16(
     device: str,  # "cuda", "mps" or "cpu"
 ) -> bool:        # True when matrix products in bfloat16 are native there
-    "Whether the hardware has bfloat16 units; emulated bfloat16 is slower than float32."
+    "Whether the hardware has bfloat16 units: Ampere GPUs and later, CPUs with AVX512-BF16 or AMX."
     if device == "cuda": return torch.cuda.get_device_capability() >= (8, 0)
-    if device == "cpu": return any(getattr(torch.cpu, f"_is_{k}_supported", bool)() for k in ("avx512_bf16", "amx_tile"))
-    return False
+    units = ("avx512_bf16", "amx_tile") if device == "cpu" else ()
+    return any(getattr(torch.cpu, f"_is_{u}_supported", bool)() for u in units)
 
-# %% ../nbs/02b_runtime.ipynb #5223fe79
+# %% ../nbs/02b_runtime.ipynb #27cef34b
 def pick_device(
     name: str = "",     # "cuda", "mps", "cpu"; empty: the best that works
     n_ranks: int = 1,   # ranks of the run
 ) -> str:
-    "The device type to run on; an impossible one is an error."
+    "The device type to run on; one that cannot work here is an error."
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and n_ranks == 1, "cpu": True}
     if not name: return next(k for k, ok in have.items() if ok)
     if name not in have: raise NanochatError(f"unknown device {name!r}{did_you_mean(name, have)}")
@@ -51,16 +51,30 @@ def pick_dtype(
     if name and name not in names: raise NanochatError(f"unknown dtype {name!r}{did_you_mean(name, names)}")
     return names[name or ("bfloat16" if fast_bf16(device) else "float32")]
 
-# %% ../nbs/02b_runtime.ipynb #c4a7900e
+# %% ../nbs/02b_runtime.ipynb #142a4bb1
+def _ranks() -> tuple:
+    "(rank, world size, local rank, ranks on this node), as torchrun sets them."
+    names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    return tuple(int(os.environ.get(k, default)) for k, default in names)
+
+def _cores() -> int:
+    "Cores this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+def _die_with_parent(sig: int):
+    "Linux sends `sig` to this process when its parent dies."
+    if sys.platform == "linux": ctypes.CDLL(None).prctl(1, sig)
+
+# %% ../nbs/02b_runtime.ipynb #470fb3dd
 @dataclass
 class Runtime:
-    "Where this process runs and which of how many it is."
+    "Where this process runs, and which of how many it is."
     device: torch.device       # of this rank
     dtype: torch.dtype         # of matrix products: float32 or bfloat16
     rank: int = 0              # 0 … world_size-1
     world_size: int = 1        # processes of the run, over all nodes
     local_rank: int = 0        # position on this node
-    seed: int = 0              # same on every rank
+    seed: int = 0              # the same on every rank
 
     @property
     def is_main(self): return self.rank == 0
@@ -70,85 +84,82 @@ class Runtime:
         if self.dtype == torch.float32: return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
-# %% ../nbs/02b_runtime.ipynb #a5149646
-def _prctl_die(sig: int):
-    "On Linux: the kernel sends `sig` to this process when its parent dies."
-    if sys.platform == "linux": ctypes.CDLL(None).prctl(1, sig)
+# %% ../nbs/02b_runtime.ipynb #e1bd5da5
+def _join(kind: str, rank: int, world: int, local: int, on_node: int) -> torch.device:
+    "This rank's device, after joining the group of all ranks."
+    device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        n = torch.cuda.device_count()
+        if local >= n: raise NanochatError(f"n_gpu={on_node}, but here are {n} GPU(s); set n_gpu={n}, or device=cpu")
+        torch.cuda.set_device(device)
+    elif on_node > 1: torch.set_num_threads(max(1, _cores() // on_node))
+    if world > 1 and not dist.is_initialized():
+        if on_node == world: os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
+    return device
 
-def _local_ranks() -> tuple:
-    "(rank, world size, local rank, ranks on this node) as torchrun sets them."
-    return tuple(int(os.environ.get(k, d)) for k, d in
-                 (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
-
-# %% ../nbs/02b_runtime.ipynb #5ec9b2fa
+# %% ../nbs/02b_runtime.ipynb #4f62bea0
 def init_runtime(
     device: str = "",  # "cuda", "mps", "cpu"; empty: the best that works
     dtype: str = "",   # "float32", "bfloat16"; empty: bfloat16 where it is fast
     seed: int = 0,     # of torch and random, the same on every rank
 ) -> Runtime:
     "Start this process's part of a run; under torchrun it joins the other ranks."
-    rank, world, local, on_node = _local_ranks()
-    if "TORCHELASTIC_RUN_ID" in os.environ: _prctl_die(signal.SIGKILL)
+    rank, world, local, on_node = _ranks()
+    if "TORCHELASTIC_RUN_ID" in os.environ: _die_with_parent(signal.SIGKILL)     # no rank outlives its agent
     kind = pick_device(device, world)
-    if kind == "cuda":
-        n = torch.cuda.device_count()
-        if local >= n: raise NanochatError(f"n_gpu={on_node} but this machine has {n} GPU(s); set n_gpu={n}, or device=cpu")
-        torch.cuda.set_device(local)
-    elif on_node > 1: torch.set_num_threads(max(1, _cores() // on_node))
-    dev = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
-    rt = Runtime(dev, pick_dtype(dtype, kind), rank, world, local, seed)
+    rt = Runtime(_join(kind, rank, world, local, on_node), pick_dtype(dtype, kind), rank, world, local, seed)
     if kind == "cuda" and rt.dtype == torch.bfloat16: torch.set_float32_matmul_precision("high")
-    if world > 1 and not dist.is_initialized():
-        if on_node == world: os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=dev if kind == "cuda" else None)
     random.seed(seed); torch.manual_seed(seed)
     return rt
-
-def _cores() -> int:
-    "Cores this process may use."
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 def close_runtime():
     "Leave the group of ranks, if there is one."
     if dist.is_initialized(): dist.destroy_process_group()
 
-# %% ../nbs/02b_runtime.ipynb #1a9bf544
-def print0(*a, **k):
-    "Print on the main rank only."
-    if _local_ranks()[0] == 0: print(*a, **k, flush=True)
+# %% ../nbs/02b_runtime.ipynb #d344d5e0
+def print0(*args, **kwargs):
+    "Print on the main rank only, at once."
+    if _ranks()[0] == 0: print(*args, **kwargs, flush=True)
 
 def barrier():
     "Wait for all ranks."
     if dist.is_initialized(): dist.barrier()
 
 def broadcast_object(
-    obj,        # on rank 0: anything that pickles; ignored on the others
-):              # rank 0's object, on every rank
+    obj,   # on rank 0: anything; ignored on the others
+):         # rank 0's object, on every rank
     "Give every rank what rank 0 has."
-    if not dist.is_initialized(): return obj
     box = [obj]
-    dist.broadcast_object_list(box, src=0)
+    if dist.is_initialized(): dist.broadcast_object_list(box, src=0)
     return box[0]
 
-# %% ../nbs/02b_runtime.ipynb #604fbbc7
-def all_reduce_mean(
-    tensors,                    # iterable of tensors, same shapes on every rank; changed in place
-    bucket: int = 32 * 2**20,   # numbers that travel together
-):
-    "Average each tensor over the ranks, many tensors a message; does nothing for one rank."
-    if not dist.is_initialized(): return
-    groups = collections.defaultdict(lambda: [[]])
+# %% ../nbs/02b_runtime.ipynb #fb0ea0a6
+def buckets(
+    tensors,     # iterable of tensors
+    size: int,   # numbers a bucket may hold; a larger tensor has a bucket of its own
+) -> list:       # lists of tensors of one dtype, in order
+    "Group tensors that travel in one message."
+    out = {}
     for t in tensors:
-        g = groups[t.dtype]
-        if g[-1] and sum(x.numel() for x in g[-1]) + t.numel() > bucket: g.append([])
-        g[-1].append(t)
-    for ts in (b for g in groups.values() for b in g):
-        flat = torch.cat([t.reshape(-1) for t in ts])
+        bs = out.setdefault(t.dtype, [[]])
+        if bs[-1] and sum(x.numel() for x in bs[-1]) + t.numel() > size: bs.append([])
+        bs[-1].append(t)
+    return [b for bs in out.values() for b in bs]
+
+def all_reduce_mean(
+    tensors,                  # iterable of tensors, the same shapes on every rank; changed in place
+    size: int = 32 * 2**20,   # numbers a message
+):
+    "Average tensors over the ranks; nothing to do for one rank."
+    if not dist.is_initialized(): return
+    for bucket in buckets(tensors, size):
+        flat = torch.cat([t.reshape(-1) for t in bucket])
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
-        for t, piece in zip(ts, flat.split([t.numel() for t in ts])): t.copy_(piece.view_as(t))
+        for t, piece in zip(bucket, flat.split([t.numel() for t in bucket])): t.copy_(piece.view_as(t))
 
-# %% ../nbs/02b_runtime.ipynb #0dda2ac1
+# %% ../nbs/02b_runtime.ipynb #da3b5ee7
 _PROBE = """
 import sys, torch
 device, new = sys.argv[1], float(sys.argv[2])   # a constant never seen before: no cached kernel can answer
@@ -158,54 +169,56 @@ try:
 except Exception as e: sys.exit(f"{type(e).__name__}: {str(e).strip().splitlines()[0]}")
 """
 
+def can_compile(device: str = "cpu", folder="") -> bool:
+    "Whether torch.compile works on this device of this machine; `compile_problem` says why not."
+    return not compile_problem(device, folder)
+
+# %% ../nbs/02b_runtime.ipynb #e431835f
 def compile_problem(
-    device: str = "cpu",   # device type
-    folder="",             # base folder, where the answer is remembered
-) -> str:                  # why torch.compile does not work here; empty when it does
-    "Compile a tiny function, forward and backward, once per machine and torch version."
-    who = [platform.node(), torch.__version__, device, os.environ.get("CXX", ""), shutil.which("g++") or shutil.which("clang++") or ""]
+    device: str = "cpu",  # device type
+    folder="",            # base folder, where the answer is remembered
+) -> str:                 # why torch.compile does not work here; empty when it does
+    "Compile a tiny function, forward and backward, once for each machine, torch and compiler."
+    cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    who = [platform.node(), torch.__version__, device, cxx]
     if torch.cuda.is_available(): who.append(torch.cuda.get_device_name())
-    path = base_dir(folder) / "compile_probe.json"
-    key, known = " ".join(who), read_json(path) if path.exists() else {}
+    path, key = base_dir(folder) / "compile_probe.json", " ".join(map(str, who))
+    known = read_json(path) if path.exists() else {}
     if key not in known:
         r = subprocess.run([sys.executable, "-c", _PROBE, device, str(time.time())], capture_output=True, text=True)
         known[key] = "" if r.returncode == 0 else (r.stderr.strip().splitlines() or [f"exit status {r.returncode}"])[-1]
         write_json(path, known)
     return known[key]
 
-def can_compile(device: str = "cpu", folder="") -> bool:
-    "Whether torch.compile works on this device of this machine; `compile_problem` says why not."
-    return not compile_problem(device, folder)
-
-# %% ../nbs/02b_runtime.ipynb #9a14f856
+# %% ../nbs/02b_runtime.ipynb #fde6e026
 def peak_flops(
     rt: Runtime,
     seconds: float = 0.3,  # how long to measure
 ) -> float:                # floating-point operations a second, the best of the repetitions
-    "Measured speed of a large matrix product: the ceiling that MFU is a fraction of."
+    "Measured speed of a large matrix product in `rt.dtype`: the ceiling that MFU is a fraction of."
     n = {"cuda": 8192, "mps": 4096}.get(rt.device.type, 1024)
     sync = getattr(torch, rt.device.type).synchronize
-    a, b = (torch.randn(n, n, device=rt.device, dtype=rt.dtype) for _ in range(2))
-    best, end = 0.0, None
-    while end is None or time.perf_counter() < end:
-        sync(); t = time.perf_counter()
-        a @ b
-        sync(); dt = time.perf_counter() - t
-        if end is None: end = time.perf_counter() + seconds    # the first product warms up
-        else: best = max(best, 2 * n**3 / dt)
-    return best or 2 * n**3 / dt
+    a, b = (torch.randn(n, n, device=rt.device).to(rt.dtype) for _ in range(2))
+    a @ b                                                      # warm-up
+    sync(); best, end = math.inf, time.perf_counter() + seconds
+    while best == math.inf or time.perf_counter() < end:
+        start = time.perf_counter()
+        a @ b; sync()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
 
+# %% ../nbs/02b_runtime.ipynb #2b29a826
 def peak_memory() -> int:
-    "Most bytes held at once: GPU memory under CUDA, else the process's resident memory."
+    "Most bytes held at once: GPU memory under CUDA, else this process's resident memory."
     if torch.cuda.is_available() and torch.cuda.is_initialized(): return torch.cuda.max_memory_allocated()
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 def freeze_gc():
-    "Call after the first step: no garbage-collector pauses among long-lived objects."
+    "After the first steps: collect once, then no garbage-collector pauses."
     gc.collect(); gc.freeze(); gc.disable()
 
-# %% ../nbs/02b_runtime.ipynb #ac862664
+# %% ../nbs/02b_runtime.ipynb #48058d0f
 def _plain(v):
     "A JSON value: tensors become numbers, NaN and infinities null."
     if hasattr(v, "item"): v = v.item()
@@ -215,26 +228,23 @@ def read_metrics(
     path,      # metrics.jsonl
 ) -> list:     # one dict a row
     "Rows of a metrics file; a half-written last line is left out."
-    path = Path(path)
-    if not path.exists(): return []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    if not Path(path).exists(): return []
+    *lines, last = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
     rows = []
     for i, line in enumerate(lines, 1):
-        try:
-            if line.strip(): rows.append(json.loads(line))
-        except ValueError:
-            if i < len(lines): raise NanochatError(f"{path}, line {i}: not valid JSON; delete that line") from None
+        try: rows.append(json.loads(line))
+        except ValueError: raise NanochatError(f"{path}, line {i}: not a JSON object; delete that line") from None
     return rows
 
-# %% ../nbs/02b_runtime.ipynb #0083b4b9
+# %% ../nbs/02b_runtime.ipynb #e8c01c47
 class Metrics:
     "Appends one JSON object a line; only the main rank writes."
     def __init__(self,
-        path,                          # metrics.jsonl
-        keep_below: int | None = None, # on resume: drop rows with this step or a later one; 0 starts afresh
+        path,                           # metrics.jsonl
+        keep_below: int | None = None,  # on resume: drop rows of this step and later; 0 starts afresh
     ):
         self.f = None
-        if _local_ranks()[0] > 0: return
+        if _ranks()[0] > 0: return
         rows = [r for r in read_metrics(path) if keep_below is None or r.get("step", -1) < keep_below]
         with atomic_path(path) as tmp: tmp.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
         self.f = open(path, "a", encoding="utf-8")
@@ -248,25 +258,23 @@ class Metrics:
     def close(self):
         if self.f: self.f.close()
 
-# %% ../nbs/02b_runtime.ipynb #825ca33f
+# %% ../nbs/02b_runtime.ipynb #91824b2e
 def pack_state(
-    obj,            # nested dicts, lists and tuples of tensors, numbers, strings, None
-    tensors: dict,  # filled: name → tensor
-    name: str = "",
-):                  # JSON twin of `obj`, in which a tensor is {"tensor": name}
-    "Split a state dict into tensors and JSON, exactly reversible."
+    obj,            # nested dicts, lists, tuples of tensors, numbers, strings, None
+    tensors: dict,  # filled: path → tensor
+    name: str = "", # path so far
+):                  # JSON twin of `obj`, in which a tensor is {"tensor": path}
+    "Split a state dict into tensors and JSON."
     sub = lambda k, v: pack_state(v, tensors, f"{name}.{k}" if name else str(k))
-    if isinstance(obj, torch.Tensor):
-        tensors[name] = obj
-        return {"tensor": name}
+    if isinstance(obj, torch.Tensor): tensors[name] = obj; return {"tensor": name}
     if isinstance(obj, dict): return {"dict": [[k, sub(k, v)] for k, v in obj.items()]}
     if isinstance(obj, (list, tuple)): return {type(obj).__name__: [sub(i, v) for i, v in enumerate(obj)]}
     if obj is None or type(obj) in (bool, int, float, str): return obj
-    raise NanochatError(f"state {name!r} is a {type(obj).__name__}; only tensors, numbers, strings, lists, tuples, dicts can be saved")
+    raise NanochatError(f"state {name!r} is a {type(obj).__name__}, not a tensor, number, text, list, tuple or dict")
 
 def unpack_state(
     obj,            # made by `pack_state`
-    tensors: dict,  # name → tensor
+    tensors: dict,  # path → tensor
 ):
     "Inverse of `pack_state`."
     if not isinstance(obj, dict): return obj
@@ -275,9 +283,9 @@ def unpack_state(
     if kind == "dict": return {k: unpack_state(x, tensors) for k, x in v}
     return {"list": list, "tuple": tuple}[kind](unpack_state(x, tensors) for x in v)
 
-# %% ../nbs/02b_runtime.ipynb #334f1188
+# %% ../nbs/02b_runtime.ipynb #a0c69dad
 def _own(tensors: dict) -> dict:
-    "Tensors on the CPU, each with memory of its own, as safetensors wants them."
+    "Tensors on the CPU, each with memory of its own."
     out, seen = {}, set()
     for k, t in tensors.items():
         t = t.detach().cpu().contiguous()
@@ -287,22 +295,23 @@ def _own(tensors: dict) -> dict:
         out[k] = t
     return out
 
-def rng_state() -> dict:
-    "State of torch's random generators, as byte tensors."
-    d = {"cpu": torch.get_rng_state()}
-    return d | {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() and torch.cuda.is_initialized() else d
-
-def set_rng_state(d: dict):
-    "Put torch's random generators back, from `meta['rng']`."
-    torch.set_rng_state(d["cpu"].cpu())
-    if "cuda" in d and torch.cuda.is_available(): torch.cuda.set_rng_state(d["cuda"].cpu())
-
-# %% ../nbs/02b_runtime.ipynb #ea56bcc5
 def _fsync(path):
-    "Ask the disk to hold a file or folder for certain."
+    "Return once the disk holds this file or folder."
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
     finally: os.close(fd)
+
+# %% ../nbs/02b_runtime.ipynb #e96b4bda
+def rng_state() -> dict:
+    "State of torch's random generators, as byte tensors."
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized(): state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+def set_rng_state(state: dict):
+    "Put torch's random generators back, from `meta['rng']` of a loaded checkpoint."
+    torch.set_rng_state(state["cpu"].cpu())
+    if "cuda" in state and torch.cuda.is_available(): torch.cuda.set_rng_state(state["cuda"].cpu())
 
 def write_state(path, state: dict):
     "Write a state dict as one safetensors file; what is no tensor goes into its header as JSON."
@@ -316,12 +325,12 @@ def read_state(path, device="cpu") -> dict:
     with safe_open(path, "pt") as f: tree = json.loads(f.metadata()["state"])
     return unpack_state(tree, load_file(path, device=str(device)))
 
-# %% ../nbs/02b_runtime.ipynb #6776af07
+# %% ../nbs/02b_runtime.ipynb #372a6312
 def _sha256(path) -> str:
     "Hash of a file."
     h = hashlib.sha256()
     with open(path, "rb") as f:
-        while b := f.read(2**22): h.update(b)
+        while block := f.read(2**22): h.update(block)
     return h.hexdigest()
 
 def steps_in(folder) -> list:
@@ -329,101 +338,129 @@ def steps_in(folder) -> list:
     return sorted(int(p.parent.name[5:]) for p in Path(folder).glob("step_*/meta.json") if p.parent.name[5:].isdigit())
 
 def latest_step(folder) -> int | None:
-    "Step the `latest` pointer names, else the newest complete one, else None."
-    steps, p = steps_in(folder), Path(folder) / "latest"
-    named = p.read_text().strip()[5:] if p.exists() else ""
+    "The step that `latest` names, else the newest complete one, else None."
+    steps, pointer = steps_in(folder), Path(folder) / "latest"
+    named = pointer.read_text().strip()[5:] if pointer.exists() else ""
     return int(named) if named.isdigit() and int(named) in steps else steps[-1] if steps else None
 
-# %% ../nbs/02b_runtime.ipynb #83ea85c1
+# %% ../nbs/02b_runtime.ipynb #d4600f3e
+def _litter(folder: Path):
+    "Remove what unfinished saves left."
+    for p in folder.glob(".step_*"): shutil.rmtree(p, ignore_errors=True)
+
 def _write_checkpoint(folder: Path, step: int, model: dict, optimizer: dict | None, meta: dict, keep: int):
-    "Write into a temporary folder, rename it, move the pointer, remove old ones."
-    for p in folder.glob(".step_*"): shutil.rmtree(p, ignore_errors=True)      # left by a crash
+    "Write a temporary folder, rename it, move the pointer, remove old ones."
+    _litter(folder)
     name = f"step_{step:06d}"
     tmp, final = folder / f".{name}.tmp", folder / name
     tmp.mkdir(parents=True)
     write_state(tmp / "model.safetensors", model)
     write_state(tmp / "optimizer.safetensors", {"optimizer": optimizer, "rng": rng_state()})
-    sums = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(tmp.glob("*.safetensors"))}
-    write_json(tmp / "meta.json", meta | {"step": step, "files": sums})
+    files = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(tmp.glob("*.safetensors"))}
+    write_json(tmp / "meta.json", meta | {"step": step, "files": files})
     _fsync(tmp)
     if final.exists(): final.rename(folder / f".{name}.old")
     tmp.rename(final)
     _fsync(folder)
     with atomic_path(folder / "latest") as p: p.write_text(name + "\n")
-    for p in folder.glob(".step_*"): shutil.rmtree(p, ignore_errors=True)
-    for s in [s for s in steps_in(folder) if s != step][:-(keep - 1) or None] if keep else []: shutil.rmtree(folder / f"step_{s:06d}")
+    _litter(folder)
+    others = [s for s in steps_in(folder) if s != step]
+    for s in others[:len(others) - keep + 1] if keep else (): shutil.rmtree(folder / f"step_{s:06d}")
 
-# %% ../nbs/02b_runtime.ipynb #707e04c2
+# %% ../nbs/02b_runtime.ipynb #a25b218f
 def save_checkpoint(
-    folder,            # e.g. base_checkpoints/d4
-    step: int,         # steps done
-    model,             # module, or its state dict
-    optimizer=None,    # optimiser, or its state dict
-    meta: dict = {},   # JSON values: settings, loader state, tokenizer_hash, …
-    keep: int = 2,     # newest checkpoints to keep; 0 keeps all
+    folder,           # e.g. base_checkpoints/d4
+    step: int,        # steps done
+    model,            # module, or its state dict
+    optimizer=None,   # optimiser, or its state dict
+    meta: dict = {},  # JSON values: settings, loader state, tokenizer_hash, …
+    keep: int = 2,    # newest checkpoints to keep; 0 keeps all
 ):
-    "Rank 0 writes `folder/step_NNNNNN`, all ranks wait; after an error the checkpoints of before are as they were."
+    "Rank 0 writes `folder/step_NNNNNN`, all ranks wait; after an error the older checkpoints are as they were."
     folder, problem = Path(folder), None
-    if _local_ranks()[0] == 0:
+    if _ranks()[0] == 0:
         state = [x.state_dict() if hasattr(x, "state_dict") else x for x in (model, optimizer)]
         try: _write_checkpoint(folder, step, *state, meta, keep)
         except (OSError, SafetensorError, NanochatError, TypeError) as e:
-            shutil.rmtree(folder / f".step_{step:06d}.tmp", ignore_errors=True)
-            last = latest_step(folder)
-            problem = (f"cannot save step {step} in {folder}: {e}; " + ("no checkpoint there yet" if last is None else
-                       f"step {last} is still whole") + "; free disk space or choose another base_dir, then resume")
+            with contextlib.suppress(OSError): _litter(folder)
+            last = latest_step(folder) if folder.is_dir() else None
+            problem = (f"cannot save step {step} in {folder}: {e}; "
+                       + ("no checkpoint there yet" if last is None else f"step {last} is still whole")
+                       + "; free disk space or choose another base_dir, then resume")
     problem = broadcast_object(problem)
     if problem: raise NanochatError(problem)
 
-# %% ../nbs/02b_runtime.ipynb #1ec7e70e
+# %% ../nbs/02b_runtime.ipynb #7792ecad
 def damage(
     folder,   # one checkpoint: …/step_NNNNNN
 ) -> str:     # what is wrong, naming the file; empty when it is whole
     "Hold the files of a checkpoint against the sizes and hashes in its meta.json."
-    folder = Path(folder)
-    try: files = read_json(folder / "meta.json")["files"]
-    except (NanochatError, KeyError, TypeError) as e: return str(e)
-    for f, want in files.items():
-        p = folder / f
+    try: files = read_json(Path(folder) / "meta.json")["files"]
+    except (NanochatError, KeyError, TypeError) as e: return f"{Path(folder) / 'meta.json'}: {e}"
+    for name, want in files.items():
+        p = Path(folder) / name
         if not p.exists(): return f"{p} is missing"
-        if p.stat().st_size != want["bytes"]: return f"{p} has {p.stat().st_size:,} bytes, not {want['bytes']:,}"
+        if p.stat().st_size != want["bytes"]: return f"{p} has {p.stat().st_size:,} bytes instead of {want['bytes']:,}"
         if _sha256(p) != want["sha256"]: return f"{p} does not match its sha256"
     return ""
 
-# %% ../nbs/02b_runtime.ipynb #9fb561bc
+# %% ../nbs/02b_runtime.ipynb #280d0f66
 def load_checkpoint(
     folder,                   # e.g. base_checkpoints/d4
     step: int | None = None,  # None: the latest
     device="cpu",             # where the tensors go
-) -> tuple:                   # (step, model state dict, optimiser state dict or None, meta)
-    "Read a checkpoint after checking sizes and hashes."
+) -> tuple:                   # (step, model state dict, optimiser state dict or None, meta with "rng")
+    "Read a checkpoint after checking its sizes and hashes."
     folder, steps = Path(folder), steps_in(folder)
     s = latest_step(folder) if step is None else step
     if s is None or s not in steps:
-        raise NanochatError(f"no checkpoint {'' if step is None else f'of step {step} '}in {folder}; "
-                            + (f"there are steps {', '.join(map(str, steps))}" if steps else "train first, or name another folder"))
+        there = f"there are steps {', '.join(map(str, steps))}" if steps else "train first, or name another folder"
+        raise NanochatError(f"no checkpoint {'' if step is None else f'of step {step} '}in {folder}; {there}")
     path = folder / f"step_{s:06d}"
     if bad := damage(path):
         good = next((k for k in reversed(steps) if k != s and not damage(folder / f"step_{k:06d}")), None)
-        raise NanochatError(f"damaged checkpoint: {bad}; " + ("no other checkpoint is whole, train again" if good is None else
-                            f"the newest whole one is step {good}: delete {path} and resume from there"))
+        todo = f"the newest whole one is step {good}: delete {path} and resume from there"
+        raise NanochatError(f"damaged checkpoint: {bad}; {'none is whole, train again' if good is None else todo}")
     rest = read_state(path / "optimizer.safetensors", device)
-    return s, read_state(path / "model.safetensors", device), rest["optimizer"], read_json(path / "meta.json") | {"rng": rest["rng"]}
+    meta = read_json(path / "meta.json") | {"rng": rest["rng"]}
+    return s, read_state(path / "model.safetensors", device), rest["optimizer"], meta
 
+# %% ../nbs/02b_runtime.ipynb #f45dca68
 def check_same_tokenizer(
     meta: dict,           # of a checkpoint
     tokenizer_hash: str,  # of the tokenizer in use
 ):
-    "A checkpoint only makes sense with the vocabulary it was trained with."
-    want = meta.get("tokenizer_hash")
+    "A checkpoint is of use only with the vocabulary it was trained with."
+    want = str(meta.get("tokenizer_hash"))
     if want != tokenizer_hash:
-        raise NanochatError(f"the checkpoint of step {meta.get('step')} was trained with tokenizer {str(want)[:12]}, but the tokenizer "
-                            f"in use is {str(tokenizer_hash)[:12]}; restore that tokenizer, or train again under another tag")
+        raise NanochatError(f"the checkpoint of step {meta.get('step')} belongs to tokenizer {want[:12]}, but in use "
+                            f"is {tokenizer_hash[:12]}; put that tokenizer back, or train under another tag")
 
-# %% ../nbs/02b_runtime.ipynb #60c8879a
-class _Tail:
+# %% ../nbs/02b_runtime.ipynb #46644b03
+def torchrun_command(
+    module: str,              # what to run
+    cfg_file,                 # YAML file of its settings
+    n_gpu: int = 1,           # ranks on this node
+    nnodes: int = 1,          # machines
+    node_rank: int = 0,       # which of them this is
+    rdzv_endpoint: str = "",  # host:port where machines meet
+    max_restarts: int = 0,    # how often dead ranks are started again
+) -> list:
+    "The command line that `launch` runs."
+    if n_gpu < 1: raise NanochatError(f"n_gpu={n_gpu} must be at least 1")
+    if nnodes > 1 and not rdzv_endpoint: raise NanochatError(f"nnodes={nnodes} needs rdzv_endpoint=host:port")
+    meet = ["--standalone"] if nnodes == 1 else [f"--nnodes={nnodes}", f"--node_rank={node_rank}", "--rdzv_id=nanochat",
+                                                 "--rdzv_backend=c10d", f"--rdzv_endpoint={rdzv_endpoint}"]
+    return [sys.executable, "-m", "torch.distributed.run", *meet, f"--nproc_per_node={n_gpu}",
+            f"--max_restarts={max_restarts}", "-m", module, "-f", str(cfg_file)]
+
+# %% ../nbs/02b_runtime.ipynb #f850cb2d
+class Tail:
     "Whole lines added to a file since the last call; begins again when the file is replaced."
-    def __init__(self, path, skip_old=False):
+    def __init__(self,
+        path,                    # may not exist yet
+        skip_old: bool = False,  # ignore the file that is there now, until it is replaced
+    ):
         self.path, self.pos, self.inode = Path(path), 0, None
         self.skip = self.path.stat().st_ino if skip_old and self.path.exists() else None
 
@@ -439,10 +476,17 @@ class _Tail:
         self.pos += end
         return data[:end].decode("utf-8", "replace").splitlines()
 
-# %% ../nbs/02b_runtime.ipynb #e8030904
+# %% ../nbs/02b_runtime.ipynb #3d5223ff
+def _start(cmd: list, log: Path, env: dict) -> subprocess.Popen:
+    "Start a command in a session of its own, output to a file."
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "wb") as f:
+        return subprocess.Popen(cmd, stdout=f, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env,
+                                start_new_session=True, preexec_fn=functools.partial(_die_with_parent, signal.SIGTERM))
+
 def _stop(p: subprocess.Popen):
     "End a torchrun agent and its ranks: politely, then firmly."
-    for sig, wait in ((signal.SIGINT, 10), (signal.SIGTERM, 5), (signal.SIGKILL, 5)):
+    for sig, wait in ((signal.SIGINT, 8), (signal.SIGTERM, 4), (signal.SIGKILL, 4)):
         if p.poll() is not None: return
         with contextlib.suppress(ProcessLookupError): os.killpg(p.pid, sig)
         with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt): p.wait(wait)
@@ -451,163 +495,165 @@ def _stop(p: subprocess.Popen):
 def _sigterm_exits():
     "SIGTERM to this process unwinds the stack, so that `finally` clauses run."
     try: old = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    except ValueError: old = None                       # not the main thread
+    except ValueError: return (yield)                   # not the main thread
     try: yield
-    finally:
-        if old is not None: signal.signal(signal.SIGTERM, old)
+    finally: signal.signal(signal.SIGTERM, old)
 
-# %% ../nbs/02b_runtime.ipynb #c367549d
+# %% ../nbs/02b_runtime.ipynb #0ffe3f8c
 _NOISE = re.compile(r"^(\[?[WIE]\d{4} |\*{20,}|Setting OMP_NUM_THREADS)")
 _FAILED = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
 
-def _explain(module: str, rc: int, lines: list, log) -> str:
+def explain_failure(
+    module: str,
+    status: int,   # exit status of torchrun
+    lines: list,   # the last lines of its log
+    log,           # where the whole log is
+) -> str:
     "One error message from the log of a failed run: the rank's own words first."
-    i = next((i for i, l in enumerate(lines) if _FAILED.search(l)), len(lines))
-    code, rank = _FAILED.search(lines[i]).groups() if i < len(lines) else (rc, "?")
-    own = [l for l in lines[:i] if not _NOISE.match(l)]
-    said = [m[1] for l in own if (m := re.match(r"^(?:\[rank\d+\]: ?)?error: (.*)", l))]
-    if said: return f"{said[0]} (rank {rank} of {module} ended with status {code}; log: {log})"
-    own = [l for l in own if l.startswith(f"[rank{rank}]")] or own
-    return f"rank {rank} of {module} ended with status {code}; log: {log}\n" + "\n".join(own[-40:])
+    end = next((i for i, l in enumerate(lines) if _FAILED.search(l)), len(lines))      # torchrun's report begins
+    status, rank = _FAILED.search(lines[end]).groups() if end < len(lines) else (status, "?")
+    own = [l for l in lines[:end] if not _NOISE.match(l)]
+    said = [m[1] for l in own if (m := re.match(r"(?:\[rank\d+\]: ?)?error: (.*)", l))]
+    killed = " (killed: out of memory?)" if status == "-9" else ""
+    what = f"rank {rank} of {module} ended with status {status}{killed}; log: {log}"
+    if said: return f"{said[0]} ({what})"
+    first = next((m[0] for l in own if (m := re.match(r"\[rank\d+\]: (?=Traceback)", l))), "")
+    return what + "\n" + "\n".join([l for l in own if l.startswith(first)][-40:])
 
-# %% ../nbs/02b_runtime.ipynb #763177f5
-def torchrun_command(module: str, cfg_file, n_gpu: int = 1, nnodes: int = 1, node_rank: int = 0, rdzv_endpoint: str = "",
-                     max_restarts: int = 0) -> list:
-    "The command line that `launch` runs."
-    where = ["--standalone"] if nnodes == 1 else [f"--nnodes={nnodes}", f"--node_rank={node_rank}", "--rdzv_backend=c10d",
-                                                  f"--rdzv_endpoint={rdzv_endpoint}", "--rdzv_id=nanochat"]
-    return [sys.executable, "-m", "torch.distributed.run", *where, f"--nproc_per_node={n_gpu}",
-            f"--max_restarts={max_restarts}", "-m", module, "-f", str(cfg_file)]
+# %% ../nbs/02b_runtime.ipynb #1e6ee4e5
+def _watch(p: subprocess.Popen, log: Path, metrics, on_metrics, echo: bool) -> tuple:
+    "Pass on rows and lines until the process ends; its status and last lines."
+    rows, lines, last = Tail(metrics or os.devnull, skip_old=True), Tail(log), collections.deque(maxlen=200)
+    while True:
+        status = p.poll()
+        for line in lines():
+            last.append(line)
+            if echo and not _NOISE.match(line): print(line, flush=True)
+        for row in rows() if metrics and on_metrics else (): on_metrics(json.loads(row))
+        if status is not None: return status, list(last)
+        time.sleep(0.2)
 
-# %% ../nbs/02b_runtime.ipynb #1f47be74
+# %% ../nbs/02b_runtime.ipynb #e085901b
 def launch(
-    module: str,              # a module with `main`, e.g. "nanochat_nb.pretrain"
+    module: str,              # a module run by `run_main`, e.g. "nanochat_nb.pretrain"
     cfg,                      # its settings: a dataclass, or a dict
     *,
-    n_gpu: int = 1,           # ranks on this node
-    nnodes: int = 1,          # machines
-    node_rank: int = 0,       # which of them this is
-    rdzv_endpoint: str = "",  # host:port of one of them, where they meet
+    node_rank: int = 0,       # which machine this is
     metrics="",               # metrics.jsonl to follow
     on_metrics=None,          # called with each new row
     log="",                   # where the output goes; default: launch.log beside the metrics
     env: dict = {},           # more environment variables
     echo: bool = False,       # print the output too
-    max_restarts: int = 0,    # how often torchrun may start dead ranks again
+    **ranks,                  # n_gpu, nnodes, rdzv_endpoint, max_restarts: see `torchrun_command`
 ):
     "Run `python -m module` on every rank under torchrun, follow its metrics, and raise when a rank dies."
-    if n_gpu < 1: raise NanochatError(f"n_gpu={n_gpu} must be at least 1")
-    if nnodes > 1 and not rdzv_endpoint: raise NanochatError("nnodes > 1 needs rdzv_endpoint=host:port of one of the machines")
-    with tempfile.TemporaryDirectory() as tmp:
-        cfg_file, log = Path(tmp) / "settings.yaml", Path(log or (Path(metrics).parent / "launch.log" if metrics else f"{tmp}/log"))
-        cfg_file.write_text(yaml.safe_dump(asdict(cfg) if is_dataclass(cfg) else cfg, allow_unicode=True), encoding="utf-8")
-        cmd = torchrun_command(module, cfg_file, n_gpu, nnodes, node_rank, rdzv_endpoint, max_restarts)
-        threads = {"OMP_NUM_THREADS": str(max(1, _cores() // n_gpu))} if n_gpu > 1 else {}
-        log.parent.mkdir(parents=True, exist_ok=True)
-        _follow(cmd, module, threads | os.environ | {"PYTHONUNBUFFERED": "1"} | env, log, metrics, on_metrics, echo)
-
-def _follow(cmd, module, env, log, metrics, on_metrics, echo):
-    "Start the command and pass on its rows and lines until it ends."
-    rows, lines, tail = _Tail(metrics or os.devnull, skip_old=True), _Tail(log), collections.deque(maxlen=200)
-    with open(log, "wb") as f, _sigterm_exits():
-        p = subprocess.Popen(cmd, stdout=f, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env,
-                             start_new_session=True, preexec_fn=functools.partial(_prctl_die, signal.SIGTERM))
-        try:
-            while True:
-                rc = p.poll()
-                for line in lines():
-                    tail.append(line)
-                    if echo and not _NOISE.match(line): print(line, flush=True)
-                for r in rows() if metrics and on_metrics else (): on_metrics(json.loads(r))
-                if rc is not None: break
-                time.sleep(0.2)
+    with tempfile.TemporaryDirectory() as tmp, _sigterm_exits():
+        log = Path(log or (Path(metrics).parent / f"launch{node_rank or ''}.log" if metrics else f"{tmp}/log"))
+        cfg_file = Path(tmp) / "settings.yaml"
+        cfg_file.write_text(yaml.safe_dump(asdict(cfg) if is_dataclass(cfg) else cfg), encoding="utf-8")
+        cmd = torchrun_command(module, cfg_file, node_rank=node_rank, **ranks)
+        threads = str(max(1, _cores() // ranks.get("n_gpu", 1)))
+        env = {"OMP_NUM_THREADS": threads} | os.environ | {"PYTHONUNBUFFERED": "1"} | env
+        p = _start(cmd, log, env)
+        try: status, lines = _watch(p, log, metrics, on_metrics, echo)
         finally: _stop(p)
-    if rc: raise NanochatError(_explain(module, rc, list(tail), log))
+        if status: raise NanochatError(explain_failure(module, status, lines, log))
 
-# %% ../nbs/02b_runtime.ipynb #59064e17
+# %% ../nbs/02b_runtime.ipynb #101e3cb5
 def progress_text(
-    row: dict,        # a row of metrics
-    n_steps: int = 0, # steps of the run; 0 when unknown
+    row: dict,         # a row of metrics
+    n_steps: int = 0,  # steps of the run; 0 when unknown
 ) -> str:
-    "`step 120/500 loss 3.210 7,512 tok/s 00:42 left` from one row."
-    out = [f"step {row.get('step', 0)}" + (f"/{n_steps}" if n_steps else "")]
-    out += [f"{k} {row[k]:.3f}" for k in ("loss", "bpb_zh", "bpb_en") if isinstance(row.get(k), float)]
-    if row.get("tok_per_s"):
-        out.append(f"{row['tok_per_s']:,.0f} tok/s")
-        if row.get("tokens") and row.get("step") and n_steps:
-            s = int(row["tokens"] * max(0, n_steps / row["step"] - 1) / row["tok_per_s"])
-            out.append((f"{s // 3600}:" if s >= 3600 else "") + f"{s // 60 % 60:02d}:{s % 60:02d} left")
+    "`step 120/500 loss 3.210 7,512 tok/s 01:43 left` from one row."
+    step, speed, out = row.get("step", 0), row.get("tok_per_s"), []
+    out.append(f"step {step}" + (f"/{n_steps}" if n_steps else ""))
+    out += [f"{k} {row[k]:.3f}" for k in ("loss", "bpb_zh", "bpb_en") if row.get(k) is not None]
+    if speed: out.append(f"{speed:,.0f} tok/s")
+    if speed and step and row.get("tokens") and n_steps:
+        s = int(row["tokens"] * max(0, n_steps / step - 1) / speed)
+        out.append((f"{s // 3600}:" if s >= 3600 else "") + f"{s // 60 % 60:02d}:{s % 60:02d} left")
     return " ".join(out)
 
+# %% ../nbs/02b_runtime.ipynb #7a18fe1f
 class ProgressLine:
     "One line that rewrites itself on a terminal; elsewhere a line every `every` seconds."
-    def __init__(self, n_steps: int = 0, every: float = 10., file=None):
-        self.n_steps, self.every, self.file, self.t, self.text = n_steps, every, file or sys.stdout, -math.inf, ""
+    def __init__(self,
+        n_steps: int = 0,    # steps of the run
+        every: float = 10.,  # seconds between lines where there is no terminal
+        file=None,           # default: sys.stdout
+    ):
+        self.n_steps, self.file, self.last, self.text = n_steps, file or sys.stdout, -math.inf, ""
         self.tty = self.file.isatty()
+        self.every = 0.2 if self.tty else every
+
+    def _print(self, end):
+        print(f"\r\x1b[K{self.text}" if self.tty else self.text, end=end, file=self.file, flush=True)
 
     def __call__(self, row: dict):
         self.text = progress_text(row, self.n_steps)
-        if time.monotonic() - self.t < (0.2 if self.tty else self.every): return
-        self.t = time.monotonic()
-        print(f"\r\x1b[K{self.text}" if self.tty else self.text, end="" if self.tty else "\n", file=self.file, flush=True)
+        if time.monotonic() - self.last < self.every: return
+        self.last = time.monotonic()
+        self._print("" if self.tty else "\n")
 
     def close(self):
-        if self.text: print(f"\r\x1b[K{self.text}" if self.tty else self.text, file=self.file, flush=True)
+        "Leave the last line on the screen."
+        if self.text: self._print("\n")
 
-# %% ../nbs/02b_runtime.ipynb #166baf40
+# %% ../nbs/02b_runtime.ipynb #b1f705af
 def add_row(
     rows: list,  # rows so far, steps ascending; changed in place
     row: dict,   # a new one
 ):
-    "Append a row; the same step is merged, an earlier step (a resumed run) drops what came after it."
-    while rows and rows[-1].get("step", -1) > row.get("step", 0): rows.pop()
-    if rows and rows[-1].get("step") == row.get("step"): rows[-1] = rows[-1] | row
+    "Append a row; the same step is merged, an earlier one replaces all from there on."
+    while rows and rows[-1]["step"] > row["step"]: rows.pop()
+    if rows and rows[-1]["step"] == row["step"]: rows[-1] = rows[-1] | row
     else: rows.append(row)
 
+# %% ../nbs/02b_runtime.ipynb #f9ac20c9
 def plot_metrics(
     rows: list,        # of metrics
-    n_steps: int = 0,  # right edge of the picture
+    n_steps: int = 0,  # right edge; 0: the last step
+    title: str = "",
 ):
-    "Loss over steps, and bits per byte where it was measured."
+    "Figure of the loss over steps, and bits per byte where they were measured."
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(5, 2.8))
-    xy = lambda k: zip(*[(r["step"], r[k]) for r in rows if r.get(k) is not None] or [((), ())])
-    ax.plot(*xy("loss"), lw=1, label="loss")
-    ax.set(xlabel="step", ylabel="loss, nats a token", xlim=(0, n_steps) if n_steps else None)
-    if any("bpb_zh" in r or "bpb_en" in r for r in rows):
-        bx = ax.twinx()
-        for k, c in (("bpb_zh", "C3"), ("bpb_en", "C2")): bx.plot(*xy(k), "o-", ms=3, c=c, label=k)
-        bx.set_ylabel("bits a byte"); bx.legend(loc="upper right", fontsize=8)
-    ax.legend(loc="upper center", fontsize=8)
+    def draw(ax, key, *style, **kw):
+        pts = [(r["step"], r[key]) for r in rows if r.get(key) is not None]
+        return ax.plot([x for x, _ in pts], [y for _, y in pts], *style, label=key, **kw) if pts else []
+    shown = draw(ax, "loss", lw=1)
+    ax.set(xlabel="step", ylabel="loss (nats a token)", xlim=(0, n_steps) if n_steps else None)
+    if any(r.get(k) is not None for r in rows for k in ("bpb_zh", "bpb_en")):
+        right = ax.twinx()
+        shown += draw(right, "bpb_zh", "o-", ms=3, c="C3") + draw(right, "bpb_en", "o-", ms=3, c="C2")
+        right.set_ylabel("bits a byte")
+    ax.legend(handles=shown, fontsize=8)
+    ax.set_title(title, fontsize=9)
     fig.tight_layout(); plt.close(fig)
     return fig
 
-# %% ../nbs/02b_runtime.ipynb #77ecf6cc
-def in_notebook() -> bool:
-    "Whether this runs in a Jupyter kernel."
-    ip = sys.modules.get("IPython")
-    return bool(ip and ip.get_ipython() and hasattr(ip.get_ipython(), "kernel"))
-
+# %% ../nbs/02b_runtime.ipynb #7afb8bc3
 class LiveChart:
-    "Draws rows as they come: a chart in a notebook, a progress line elsewhere; pass it as `on_metrics`."
+    "Draws rows as they come: a chart in a notebook, a progress line elsewhere. Pass it as `on_metrics`."
     def __init__(self, n_steps: int = 0, every: float = 1.):
-        self.n_steps, self.every, self.t, self.rows, self.handle = n_steps, every, -math.inf, [], None
-        self.line = None if in_notebook() else ProgressLine(n_steps)
+        ip = sys.modules.get("IPython")
+        in_notebook = ip and ip.get_ipython() and hasattr(ip.get_ipython(), "kernel")
+        self.n_steps, self.every, self.last, self.rows, self.handle = n_steps, every, -math.inf, [], None
+        self.line = None if in_notebook else ProgressLine(n_steps)
 
     def __call__(self, row: dict):
         add_row(self.rows, row)
-        if self.line: return self.line(row)
-        if time.monotonic() - self.t >= self.every: self.draw(progress_text(row, self.n_steps))
+        if self.line: self.line(row)
+        elif time.monotonic() - self.last >= self.every: self.draw(progress_text(row, self.n_steps))
 
     def draw(self, title: str = ""):
         "Draw again, in the same place of the notebook."
         from IPython.display import display
-        self.t, fig = time.monotonic(), plot_metrics(self.rows, self.n_steps)
-        fig.axes[0].set_title(title, fontsize=9)
-        if self.handle: self.handle.update(fig)
-        else: self.handle = display(fig, display_id=True)
+        self.last, fig = time.monotonic(), plot_metrics(self.rows, self.n_steps, title)
+        self.handle = self.handle or display(display_id=True)
+        self.handle.update(fig)
 
     def close(self):
-        "The last picture."
+        "The last picture, or line, stays."
         if self.line: self.line.close()
         elif self.rows: self.draw()
