@@ -344,14 +344,13 @@ def sample_texts(
             yield t
             if count["characters"] >= max_chars: return
 
-# %% ../nbs/01_tokenizer.ipynb #5d00d368
+# %% ../nbs/01_tokenizer.ipynb #5ed002eb
 def _data_folder(cfg: TokenizerSettings) -> Path:
     "The shards of a source as they are; made only where there are none."
     data = DataSettings(source=cfg.source, base_dir=cfg.base_dir)
     folder = source_folder(data)
     return folder if (folder/"manifest.json").exists() else prepare(data)
 
-# %% ../nbs/01_tokenizer.ipynb #2a54c7d8
 def recipe_of(
     cfg: TokenizerSettings,
     manifest: dict, # of the data folder
@@ -386,7 +385,7 @@ def prepare_tokenizer(
     tok.save(folder)
     return Tokenizer.load(folder)
 
-# %% ../nbs/01_tokenizer.ipynb #2144782c
+# %% ../nbs/01_tokenizer.ipynb #cc7cba42
 def main(cfg: TokenizerSettings) -> Tokenizer:
     "Make the tokenizer, or find it made, and print what it is as one JSON object."
     tok = prepare_tokenizer(cfg)
@@ -396,5 +395,4 @@ def main(cfg: TokenizerSettings) -> Tokenizer:
     print(json.dumps({k: tok.meta.get(k) for k in keys}))
     return tok
 
-# %% ../nbs/01_tokenizer.ipynb #7cb9787b
 if __name__ == "__main__" and "get_ipython" not in globals(): run_main(main, TokenizerSettings)
