@@ -87,7 +87,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
             for n, row in enumerate(f.read_row_group(g, columns=columns).to_pylist(), n + 1):
                 yield f"{path} row {n}", row
 
-# %% ../nbs/00_data.ipynb #419bf424
+# %% ../nbs/00_data.ipynb #5b5b3fcd
 _READERS = {".parquet": _parquet_rows, ".jsonl": _json_lines, ".txt": _txt_documents}
 
 def read_documents(
@@ -103,7 +103,8 @@ def read_documents(
             raise NanochatError(f"{where}: 'text' is {type(text).__name__}, expected a string{hint}")
         try: text.encode()
         except UnicodeEncodeError: raise NanochatError(f"{where}: holds half a surrogate pair; remove it") from None
-        if text.strip(): yield {"text": text, "lang": row.get("lang") or lang_of(text)}
+        lang = row.get("lang")
+        if text.strip(): yield {"text": text, "lang": lang if lang in ("zh", "en") else lang_of(text)}
 
 # %% ../nbs/00_data.ipynb #385f52a9
 def _lot(

@@ -70,8 +70,8 @@ def test_bad_documents(tmp_path):
 
 
 def test_bom_and_empty_lines(tmp_path):
-    (tmp_path / "a.jsonl").write_text('\ufeff{"text": "好"}\r\n\n{"text": "  "}\r\n{"text": "b", "lang": "zh"}', encoding="utf-8")
-    assert list(read_documents(tmp_path / "a.jsonl")) == [{"text": "好", "lang": "zh"}, {"text": "b", "lang": "zh"}]
+    (tmp_path / "a.jsonl").write_text('\ufeff{"text": "好"}\r\n\n{"text": "  "}\r\n{"text": "b", "lang": "zh"}\n{"text": "c", "lang": "fr"}', encoding="utf-8")
+    assert list(read_documents(tmp_path / "a.jsonl")) == [{"text": "好", "lang": "zh"}, {"text": "b", "lang": "zh"}, {"text": "c", "lang": "en"}]
 
 
 def test_damage_in_the_middle_of_a_shard_is_an_error_not_bad_text(tmp_path):
