@@ -69,23 +69,29 @@ def run_step(step: str, chapter: str, parameters: Path, out: Path, base: Path, p
     progress.say(f"{step}: {time.time() - start:.0f} s")
     return time.time() - start
 
-def chat(base: Path):
-    "Print a short conversation with the newest fine-tuned model, in both languages."
+def chat(base: Path, data: dict):
+    "Print a short conversation with the newest model in each language; facts and sums are questions of the exam."
+    from nanochat_nb.data import DataSettings
     from nanochat_nb.evals import load_engine
-    engine = load_engine(base)
-    for lang, questions in {"zh": ["你好，你是谁？", "小明有12个苹果，又买了7个，现在有几个？"],
-                            "en": ["Hello, who are you?", "Tom has 12 apples and buys 7 more. How many does he have?"]}.items():
+    from nanochat_nb.settings import make_settings
+    from nanochat_nb.world import World, exam
+    cfg = make_settings(DataSettings, data)
+    engine, world = load_engine(base), World(seed=cfg.world_seed, n_people=cfg.n_people)
+    for lang, hello, thanks in (("zh", "你是谁？", "谢谢你！"), ("en", "Who are you?", "Thank you!")):
+        fact, sum_ = (exam(world, lang, kind, 1)[0] for kind in ("mcq", "arithmetic"))
+        asked = [(hello, ""), (fact["stem"][0]["content"], fact["choices"][fact["label"]]), (sum_["messages"][0]["content"], sum_["answer"]), (thanks, "")]
         messages = []
-        for q in questions:
-            answer = engine.chat(messages + [{"role": "user", "content": q}], temperature=0.0)
-            messages += [{"role": "user", "content": q}, {"role": "assistant", "content": answer}]
-            print(f"[{lang}] > {q}\n[{lang}]   {answer}")
+        for question, right in asked:
+            messages.append({"role": "user", "content": question})
+            messages.append({"role": "assistant", "content": engine.chat(messages, temperature=0.0, max_tokens=64)})
+            print(f"[{lang}] > {question}\n[{lang}]   {messages[-1]['content']}" + (f"   (right: {right})" if right else ""))
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("config", nargs="?", default=str(ROOT/"configs"/"tiny"), help="folder of parameter files")
     ap.add_argument("--out", default=str(ROOT/"runs"/"demo"), help="folder for everything the run makes; emptied first")
     a = ap.parse_args()
+    from nanochat_nb.settings import read_yaml
     config, out = Path(a.config).resolve(), Path(a.out).resolve()
     steps = [(step, chapter, config/f"{step}.yaml") for step, chapter in STEPS if (config/f"{step}.yaml").exists()]
     if not steps: sys.exit(f"error: {config} holds none of {', '.join(f'{s}.yaml' for s, _ in STEPS)}")
@@ -97,10 +103,12 @@ def main():
     progress = Progress(every=15)
     progress.say(f"{len(steps)} steps, {config.name}; notebooks and logs in {out}")
     try: seconds = {step: run_step(step, chapter, parameters, out, base, progress) for step, chapter, parameters in steps}
-    except KeyboardInterrupt: sys.exit("interrupted; checkpoints written so far are whole")
+    except KeyboardInterrupt:
+        print("interrupted; checkpoints written so far are whole", file=sys.stderr)
+        sys.exit(130)
     for f in (base/"report").glob("report.*"): shutil.copy(f, out/f.name)
     print((out/"report.md").read_text(encoding="utf-8"))
-    chat(base)
+    chat(base, read_yaml(config/"00_data.yaml"))
     progress.say(f"done: {sum(seconds.values()):.0f} s of steps; report in {out/'report.json'}")
 
 if __name__ == "__main__": main()
