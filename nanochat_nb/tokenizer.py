@@ -7,7 +7,7 @@ __all__ = ['COLOURS', 'CHAR_BYTE', 'SPLIT_PATTERN', 'SPECIAL', 'show_pieces', 'c
            'show_tokens', 'compression', 'check_messages', 'show_mask', 'StreamDecoder', 'TokenizerSettings',
            'sample_texts', 'recipe_of', 'prepare_tokenizer', 'main']
 
-# %% ../nbs/01_tokenizer.ipynb #d23d0583
+# %% ../nbs/01_tokenizer.ipynb #56f1780e
 import codecs, hashlib, html, json, sys, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,8 @@ from IPython.display import HTML
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from .data import DataSettings, iter_texts, prepare, read_manifest, source_folder
-from .settings import NanochatError, atomic_path, base_dir, did_you_mean, read_json, run_main, write_json
+from .settings import (NanochatError, atomic_path, base_dir as base_folder, did_you_mean, read_json,
+                                  run_main, write_json)
 
 # %% ../nbs/01_tokenizer.ipynb #04a65dea
 COLOURS = ("#ffd6a5", "#caffbf", "#9bf6ff", "#d0c4ff", "#ffc6ff", "#fdffb6")
@@ -361,14 +362,14 @@ def recipe_of(
                 pattern=cfg.pattern or SPLIT_PATTERN, special=list(SPECIAL),
                 data=hashlib.sha256(shards.encode()).hexdigest())
 
-# %% ../nbs/01_tokenizer.ipynb #1501e68a
+# %% ../nbs/01_tokenizer.ipynb #5b7e6fa6
 def prepare_tokenizer(
     cfg: TokenizerSettings,
 ) -> Tokenizer:
     "The tokenizer in `<base>/tokenizer`; trained first unless one of the same recipe is there."
     for name in ("max_chars", "doc_cap"):
         if getattr(cfg, name) < 1: raise NanochatError(f"{name}={getattr(cfg, name)}: expected at least 1")
-    data, folder = _data_folder(cfg), base_dir(cfg.base_dir)/"tokenizer"
+    data, folder = _data_folder(cfg), base_folder(cfg.base_dir)/"tokenizer"
     recipe, meta = recipe_of(cfg, read_manifest(data)), {"source": cfg.source}
     if (folder/"meta.json").exists() and not cfg.retrain:
         try: old = Tokenizer.load(folder)
