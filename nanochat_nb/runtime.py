@@ -236,7 +236,7 @@ def read_metrics(
         except ValueError: raise NanochatError(f"{path}, line {i}: not a JSON object; delete that line") from None
     return rows
 
-# %% ../nbs/02b_runtime.ipynb #e8c01c47
+# %% ../nbs/02b_runtime.ipynb #7d7c607a
 class Metrics:
     "Appends one JSON object a line; only the main rank writes."
     def __init__(self,
@@ -252,8 +252,8 @@ class Metrics:
     def log(self, **row):
         "Write one row and flush it."
         if self.f is None: return
-        self.f.write(json.dumps({k: _plain(v) for k, v in row.items()}) + "\n")
-        self.f.flush()
+        try: print(json.dumps({k: _plain(v) for k, v in row.items()}), file=self.f, flush=True)
+        except OSError as e: raise NanochatError(f"cannot write {self.f.name}: {e}; free disk space and resume") from e
 
     def close(self):
         if self.f: self.f.close()
@@ -404,11 +404,11 @@ def damage(
         if _sha256(p) != want["sha256"]: return f"{p} does not match its sha256"
     return ""
 
-# %% ../nbs/02b_runtime.ipynb #280d0f66
+# %% ../nbs/02b_runtime.ipynb #d358b863
 def load_checkpoint(
     folder,                   # e.g. base_checkpoints/d4
     step: int | None = None,  # None: the latest
-    device="cpu",             # where the tensors go
+    device="cpu",             # where the model goes; the optimiser's state follows it in `load_state_dict`
 ) -> tuple:                   # (step, model state dict, optimiser state dict or None, meta with "rng")
     "Read a checkpoint after checking its sizes and hashes."
     folder, steps = Path(folder), steps_in(folder)
@@ -421,7 +421,7 @@ def load_checkpoint(
         good = next((k for k in reversed(steps) if k != s and not damage(folder / f"step_{k:06d}")), None)
         todo = f"the newest whole one is step {good}: delete {path} and resume from there"
         raise NanochatError(f"damaged checkpoint: {bad}; {'none is whole, train again' if good is None else todo}")
-    rest = read_state(path / "optimizer.safetensors", device)
+    rest = read_state(path / "optimizer.safetensors")
     meta = read_json(path / "meta.json") | {"rng": rest["rng"]}
     return s, read_state(path / "model.safetensors", device), rest["optimizer"], meta
 

@@ -125,6 +125,15 @@ def test_no_orphans(toy, sig, status):
     assert [r["step"] for r in rows] == list(range(1, len(rows) + 1))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs the kernel's parent-death signal")
+def test_ranks_do_not_outlive_torchrun(toy):
+    "When torchrun itself is killed, its ranks end and the launcher raises."
+    p, ranks = running(toy)
+    agent = int(subprocess.run(["ps", "-o", "ppid=", "-p", str(ranks[0])], capture_output=True, text=True).stdout)
+    os.kill(agent, signal.SIGKILL)
+    assert p.wait(10) == 1
+    for pid in ranks: wait_for(lambda: not alive(pid), 5)
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs the kernel's parent-death signal")
 def test_stubborn_ranks_end_too(toy):
     "Ranks that ignore SIGINT and SIGTERM are gone within twenty seconds of Ctrl-C."
     p, ranks = running(toy, stubborn=True)
@@ -191,6 +200,22 @@ def test_full_disk(tmp_path):
         raise AssertionError("no error")
     assert in_child(f) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == before and value_at(tmp_path) == 1
+
+def test_full_disk_under_the_metrics(tmp_path):
+    "The row that does not fit is one clear error, and what was written can be read."
+    def f():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        m = Metrics(tmp_path / "m.jsonl")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        try:
+            for s in range(1000): m.log(step=s, loss=1 / 3)
+        except NanochatError as e:
+            assert "m.jsonl" in str(e) and "free disk space" in str(e)
+            return
+        raise AssertionError("no error")
+    assert in_child(f) == 0
+    steps = [r["step"] for r in read_metrics(tmp_path / "m.jsonl")]
+    assert len(steps) > 10 and steps == list(range(len(steps)))
 
 def test_metrics_after_a_crash(tmp_path):
     "A half-written line is dropped and the next row starts on a line of its own."
