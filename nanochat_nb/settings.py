@@ -6,8 +6,8 @@
 __all__ = ['BOOLS', 'NanochatError', 'did_you_mean', 'base_dir', 'atomic_path', 'write_json', 'read_json', 'make_settings',
            'field_comments', 'read_yaml', 'write_yaml', 'from_flags', 'from_notebook', 'run_main']
 
-# %% ../nbs/000_settings.ipynb #db4dba51
-import argparse, ast, contextlib, dataclasses, difflib, inspect, json, os, re, secrets, sys, types, typing
+# %% ../nbs/000_settings.ipynb #10010c96
+import argparse, ast, contextlib, dataclasses, difflib, inspect, json, linecache, os, re, secrets, sys, types, typing
 from pathlib import Path
 import yaml
 
@@ -115,11 +115,12 @@ def make_settings(
         raise NanochatError(f"unknown parameter {unknown[0]!r}{place}{did_you_mean(str(unknown[0]), known)}")
     return cls(**{k: _convert(k, v, hints[k], where) for k, v in values.items()})
 
-# %% ../nbs/000_settings.ipynb #777fb79d
+# %% ../nbs/000_settings.ipynb #950aa247
 def _source(cls) -> str:
-    "Source of a class, also of one typed into a notebook, which IPython keeps in `In`."
+    "Source of a class, also of one typed into a notebook, whose cells IPython keeps in `linecache`."
     with contextlib.suppress(OSError, TypeError): return inspect.getsource(cls)
-    cells = "\n".join(getattr(sys.modules["__main__"], "In", []))
+    typed = [v[2] for k, v in linecache.cache.items() if len(v) > 2 and re.search("ipython-input|ipykernel", k)]
+    cells = "\n".join("".join(lines) for lines in typed)
     return (re.findall(rf"^class {cls.__name__}\b.*?(?=^\S|\Z)", cells, re.M | re.S) or [""])[-1]
 
 def field_comments(cls) -> dict:
