@@ -248,6 +248,14 @@ def test_imports_only_run_down_the_table():
                 and (n.level or n.module.startswith("nanochat_nb."))}
         assert all(order.index(u) < order.index(path.stem) for u in used if u in order), f"{path.stem} imports {used}"
 
+@pytest.mark.parametrize("path", sorted(p for d in ("nanochat_nb", "tests", "dev") for p in (ROOT/d).glob("*.py")), ids=lambda p: p.name)
+def test_syntax_of_the_oldest_python(path):
+    "`x[a, *b]` and `except*` came with Python 3.11; later grammar fails to parse on the versions CI runs."
+    for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10))):
+        assert type(n).__name__ != "TryStar", f"line {n.lineno}"
+        if isinstance(n, ast.Subscript) and isinstance(n.slice, ast.Tuple):
+            assert not any(isinstance(e, ast.Starred) for e in n.slice.elts), f"line {n.lineno}"
+
 def test_the_library_stays_small():
     code = [x for p in (ROOT/"nanochat_nb").glob("[a-z]*.py") for x in p.read_text(encoding="utf-8").splitlines() if x.strip() and x.strip()[0] != "#"]
     assert len(code) < 4000
