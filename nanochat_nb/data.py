@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['HUBS', 'SOURCES', 'PACKAGES', 'lang_of', 'read_documents', 'choose_val', 'file_sha256', 'write_shards',
            'read_manifest', 'shard_paths', 'iter_texts', 'verify', 'read_conversations', 'remote_info', 'fetch',
-           'DataSettings', 'source_files', 'source_folder', 'prepare', 'DataFlags', 'main']
+           'DataSettings', 'source_files', 'source_folder', 'prepare', 'find_data', 'DataFlags', 'main']
 
-# %% ../nbs/00_data.ipynb #012e38e2
-import errno, fcntl, hashlib, http.client, json, os, random, re, shutil, sqlite3, subprocess, sys, tempfile, threading
-import urllib.error, urllib.parse, urllib.request, zipfile
+# %% ../nbs/00_data.ipynb #0a5d8de1
+import errno, fcntl, hashlib, http.client, json, os, random, re, shutil, sqlite3, subprocess, sys
+import tempfile, threading, time, urllib.error, urllib.parse, urllib.request, zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 import pyarrow as pa, pyarrow.compute as pc, pyarrow.parquet as pq
 from tqdm.auto import tqdm
@@ -380,14 +380,14 @@ def fetch(
     why = "stopped" if stop.is_set() else f"{why}, {tries} times"
     raise NanochatError(f"could not fetch {url}: {why}; run it again to go on")
 
-# %% ../nbs/00_data.ipynb #9ba0923c
+# %% ../nbs/00_data.ipynb #eb057242
 @dataclass
 class DataSettings:
     "Where the text comes from and how it becomes shards."
     source: str = "world"  # world, pypi, fineweb-edu, climbmix, or files and folders separated by commas
     base_dir: str = ""  # base folder; empty: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat
     n_shards: int = 8  # hub sources: training shards to fetch (the validation shard comes besides); -1: all
-    n_people: int = 200  # world: how many people live in it
+    n_people: int = 180  # world: how many people live in it
     n_chars: int = 4_000_000  # world: about how many characters of text to tell
     world_seed: int = 0  # world: which world
     seed: int = 42  # of the shuffle and of the held-out choice
@@ -419,7 +419,7 @@ def source_files(
     if not files: raise NanochatError("source is empty; name one, for example world")
     return files
 
-# %% ../nbs/00_data.ipynb #96e4f9fb
+# %% ../nbs/00_data.ipynb #67225e1e
 def source_folder(cfg: DataSettings) -> Path:
     "Where the shards of a source live: base_data/<source>, for paths a readable name and a short hash."
     name = cfg.source
@@ -427,7 +427,7 @@ def source_folder(cfg: DataSettings) -> Path:
         roots = [Path(s).expanduser().absolute() for s in filter(None, map(str.strip, name.split(",")))]
         slug = re.sub(r"[^\w-]+", "-", "-".join(r.stem for r in roots))[:40].strip("-")
         name = f"{slug}-{hashlib.sha256(','.join(map(str, roots)).encode()).hexdigest()[:8]}"
-    return settings.base_dir(cfg.base_dir) / "base_data" / name
+    return settings.base_folder(cfg.base_dir) / "base_data" / name
 
 # %% ../nbs/00_data.ipynb #a6f492f9
 PACKAGES = {
@@ -538,13 +538,14 @@ def _locked(folder: Path):
         fcntl.flock(f, fcntl.LOCK_EX)
         yield
 
-# %% ../nbs/00_data.ipynb #c38db71e
+# %% ../nbs/00_data.ipynb #0ebe1e6e
 def _check(cfg: DataSettings) -> None:
     "Raise on settings that no source could satisfy."
     for name in ("workers", "chars_per_shard", "n_chars", "n_people"):
         if getattr(cfg, name) < 1: raise NanochatError(f"{name}={getattr(cfg, name)}: expected at least 1")
     if not 0 < cfg.val_fraction < 1: raise NanochatError(f"val_fraction={cfg.val_fraction}: expected a share, say 0.01")
 
+# %% ../nbs/00_data.ipynb #a2eea91a
 def prepare(
     cfg: DataSettings,
 ) -> Path:  # base_data/<source>, which holds manifest.json and the shards
@@ -553,6 +554,7 @@ def prepare(
     mine, folder = Path(cfg.source).expanduser().absolute(), source_folder(cfg)
     if cfg.source not in SOURCES and (mine / "manifest.json").exists(): return mine   # shards made elsewhere
     if _ready(cfg, folder): return folder
+    start = time.time()
     rights = {"world": "Apache-2.0, generated", "pypi": "MIT packages; statutes and novel in the public domain"}
     with _locked(folder):
         if _ready(cfg, folder): pass
@@ -560,7 +562,19 @@ def prepare(
         else: write_shards(_documents(cfg), folder, source=cfg.source, recipe=_recipe(cfg), seed=cfg.seed,
                            licence=rights.get(cfg.source, "that of the files"),
                            val_fraction=cfg.val_fraction, chars_per_shard=cfg.chars_per_shard)
+    write_json(settings.base_folder(cfg.base_dir) / "report" / "data.json",
+               {"seconds": time.time() - start, "settings": asdict(cfg)})
     return folder
+
+# %% ../nbs/00_data.ipynb #9a835904
+def find_data(
+    source: str,         # as in DataSettings
+    base_dir: str = "",  # base folder
+) -> Path:               # base_data/<source>
+    "The shards of a source as they are, for the stages that only read; made with the defaults where there are none."
+    cfg = DataSettings(source=source, base_dir=base_dir)
+    folder = source_folder(cfg)
+    return folder if (folder / "manifest.json").exists() else prepare(cfg)
 
 # %% ../nbs/00_data.ipynb #c0fa2363
 @dataclass

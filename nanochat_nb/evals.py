@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['CHANCE', 'STAGES', 'bits_per_byte', 'wilson', 'is_right', 'mark_choices', 'mark_answers', 'run_exam', 'exam_table',
-           'find_checkpoint', 'load_model', 'load_engine', 'training_figures', 'build_report', 'report_markdown',
-           'EvalSettings', 'evaluate', 'main']
+           'world_of', 'find_checkpoint', 'load_model', 'load_engine', 'training_figures', 'build_report',
+           'report_markdown', 'EvalSettings', 'evaluate', 'main']
 
-# %% ../nbs/06_eval.ipynb #3839db23
+# %% ../nbs/06_eval.ipynb #b4c97acf
 import math, re, time, unicodedata
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import torch, torch.distributed as dist
-from .settings import NanochatError, base_dir, read_json, run_main, write_json, atomic_path
+from .settings import NanochatError, base_folder, read_json, run_main, write_json, atomic_path
 from .world import EXAMS, World, exam
 from .tokenizer import Tokenizer
 from .model import GPT, GPTConfig, count_params
@@ -105,7 +105,16 @@ def exam_table(
     "All exams in both languages."
     return {lang: {k: run_exam(engine, exam(world, lang, k, n, seed), k) for k in EXAMS} for lang in ("zh", "en")}
 
-# %% ../nbs/06_eval.ipynb #1f419771
+# %% ../nbs/06_eval.ipynb #3548318a
+def world_of(
+    base: str | Path = "", # base folder
+) -> World:
+    "The world that the training text tells, from its manifest; the default one if the text was another."
+    path = base_folder(base) / "base_data" / "world" / "manifest.json"
+    recipe = read_json(path)["recipe"] if path.exists() else {"world_seed": 0, "n_people": 180}
+    return World(seed=recipe["world_seed"], n_people=recipe["n_people"])
+
+# %% ../nbs/06_eval.ipynb #b0c43d86
 STAGES = ("base", "mid", "sft")  # in the order of training
 
 def find_checkpoint(
@@ -116,11 +125,11 @@ def find_checkpoint(
     "The folder of checkpoints to use."
     if stage and stage not in STAGES: raise NanochatError(f"unknown stage {stage!r}; valid stages: {', '.join(STAGES)}")
     for s in [stage] if stage else reversed(STAGES):
-        found = [p.parent for p in base_dir(base).glob(f"{s}_checkpoints/{tag or '*'}/latest")]
+        found = [p.parent for p in base_folder(base).glob(f"{s}_checkpoints/{tag or '*'}/latest")]
         if found: return max(found, key=lambda p: (p / "latest").stat().st_mtime)
-    raise NanochatError(f"no checkpoint{f' {tag}' if tag else ''} of stage {stage or '/'.join(STAGES)} in {base_dir(base)}; run that stage first")
+    raise NanochatError(f"no checkpoint{f' {tag}' if tag else ''} of stage {stage or '/'.join(STAGES)} in {base_folder(base)}; run that stage first")
 
-# %% ../nbs/06_eval.ipynb #16de0be0
+# %% ../nbs/06_eval.ipynb #83f54505
 def load_model(
     folder: str | Path,        # …_checkpoints/<tag>
     step: int | None = None,   # None: the latest
@@ -140,7 +149,7 @@ def load_engine(
 ) -> Engine:
     "A model that answers, with the tokenizer it was trained with."
     runtime = runtime or init_runtime()
-    tok = Tokenizer.load(base_dir(base) / "tokenizer")
+    tok = Tokenizer.load(base_folder(base) / "tokenizer")
     model, meta = load_model(find_checkpoint(base, stage, tag), device=runtime.device)
     check_same_tokenizer(meta, tok.hash)
     return Engine(model, tok, runtime)
@@ -156,7 +165,7 @@ def training_figures(folder: Path) -> dict:
     last = steps[-1]
     return dict(steps=last["step"] + 1, tokens=last["tokens"], seconds=last["seconds"], tokens_per_s=speed, loss=last["loss"], bpb=bpb)
 
-# %% ../nbs/06_eval.ipynb #cf66d271
+# %% ../nbs/06_eval.ipynb #31e600ae
 def build_report(
     base: Path,
     tag: str,
@@ -165,6 +174,7 @@ def build_report(
 ) -> dict:
     "Everything known of a run: settings, times, bits per byte, exam scores."
     stages = {p.stem: read_json(p) for p in sorted((base / "report").glob("*.json")) if p.stem != "report"}
+    stages["tokenizer"] = {"seconds": read_json(base / "tokenizer" / "meta.json")["seconds"]}
     for s, name in (("base", "pretrain"), ("mid", "mid"), ("sft", "sft")):
         f = base / f"{s}_checkpoints" / tag
         if (f / "metrics.jsonl").exists(): stages[name] = stages.get(name, {}) | training_figures(f)
@@ -194,28 +204,26 @@ def report_markdown(r: dict) -> str:
         out.append(f"| {k} | {s:.1f} | {x['tokens']:,} | {x['tokens_per_s']:,.0f} | {bpb} |" if "tokens" in x else f"| {k} | {s:.1f} | | | |")
     return "\n".join(out) + "\n"
 
-# %% ../nbs/06_eval.ipynb #0502bd5f
+# %% ../nbs/06_eval.ipynb #123d3756
 @dataclass
 class EvalSettings:
     "Settings of the exam and the report card."
     base_dir: str = ""     # base folder; empty: $NANOCHAT_BASE_DIR or ~/.cache/nanochat
     tag: str = ""          # which run, e.g. d4; empty: the one written last
     stages: str = "base,sft"  # stages to examine, those that exist
-    n_people: int = 180    # people of the world the model was trained on
-    world_seed: int = 0    # seed of that world
     n_questions: int = 200 # of each kind and language
     seed: int = 0          # of the choice of questions
     device: str = ""       # cuda, mps, cpu; empty: the best there is
     dtype: str = ""        # float32, bfloat16; empty: the fast one
 
-# %% ../nbs/06_eval.ipynb #6dd7d5e9
+# %% ../nbs/06_eval.ipynb #4f20b1f5
 def evaluate(cfg: EvalSettings) -> dict:
     "Examine a run's stages and write `<base>/report/report.{json,md}`; returns the report."
-    start, base, rt = time.time(), base_dir(cfg.base_dir), init_runtime(cfg.device, cfg.dtype)
+    start, base, rt = time.time(), base_folder(cfg.base_dir), init_runtime(cfg.device, cfg.dtype)
     tag = cfg.tag or find_checkpoint(base).name
     stages = [s for s in cfg.stages.split(",") if (base / f"{s}_checkpoints" / tag / "latest").exists()]
     if not stages: raise NanochatError(f"no checkpoint {tag} of stages {cfg.stages} in {base}; train first, or name another tag")
-    world = World(seed=cfg.world_seed, n_people=cfg.n_people)
+    world = world_of(cfg.base_dir)
     exams = {s: exam_table(load_engine(base, s, tag, rt), world, cfg.n_questions, cfg.seed) for s in stages}
     report = build_report(base, tag, exams, time.time() - start)
     write_json(base / "report" / "report.json", report)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['shuffled', 'read_column', 'DocStream', 'Packer', 'check_rows', 'check_state', 'fingerprint', 'TextLoader',
-           'ChatLoader', 'MixLoader', 'eval_batches', 'loader_warning']
+           'ChatLoader', 'MixLoader', 'eval_batches', 'Prefetch', 'loader_warning']
 
-# %% ../nbs/01a_loader.ipynb #64192c4c
+# %% ../nbs/01a_loader.ipynb #807474c4
 import bisect, hashlib, itertools, json, math, random, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import pyarrow as pa, pyarrow.parquet as pq
 import torch
@@ -384,6 +385,24 @@ def eval_batches(
     pad = -(len(ids) - 1) % per
     x, y = torch.tensor(ids[:-1] + [bos] * pad), torch.tensor(ids[1:] + [-1] * pad)
     return list(zip(x.view(-1, batch_rows, seq_len), y.view(-1, batch_rows, seq_len)))
+
+# %% ../nbs/01a_loader.ipynb #6b64ad78
+class Prefetch:
+    "A loader whose next batch is made in a background thread; its state is that of the batches handed out."
+    def __init__(self, loader):
+        self.loader, self.pool, self.ready, self.state = loader, ThreadPoolExecutor(1), None, loader.state_dict()
+    def _make(self): return next(self.loader), self.loader.state_dict()
+    def __iter__(self): return self
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        ready = self.ready or self.pool.submit(self._make)
+        batch, self.state = ready.result()
+        self.ready = self.pool.submit(self._make)
+        return batch
+    def state_dict(self) -> dict: return self.state
+    def load_state_dict(self, state: dict):
+        if self.ready: self.ready.result()
+        self.loader.load_state_dict(state)
+        self.ready, self.state = None, state
 
 # %% ../nbs/01a_loader.ipynb #cd88c247
 def loader_warning(

@@ -6,16 +6,16 @@
 __all__ = ['SMALL', 'LARGE', 'PretrainSettings', 'fill', 'Trainer', 'evaluator', 'sampler', 'open_tokenizer', 'artefacts',
            'train', 'metrics_path', 'launch_training', 'main']
 
-# %% ../nbs/03_pretrain.ipynb #9c7f1c91
+# %% ../nbs/03_pretrain.ipynb #7102c961
 import json, math, os, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import torch
 from fastcore.basics import patch
-from .settings import NanochatError, base_dir, from_notebook, run_main, write_json, write_yaml
-from .data import DataSettings, iter_texts, prepare
+from .settings import NanochatError, base_folder, from_notebook, run_main, write_json, write_yaml
+from .data import find_data, iter_texts
 from .tokenizer import Tokenizer, TokenizerSettings, prepare_tokenizer
-from .loader import TextLoader, eval_batches, loader_warning
+from .loader import Prefetch, TextLoader, eval_batches, loader_warning
 from .model import GPT, config_from_depth, count_params, flops_per_token
 from .optim import make_optimizer, set_schedule, round_batch
 from .runtime import (LiveChart, Metrics, all_reduce_mean, barrier, can_compile, check_same_tokenizer, close_runtime,
@@ -24,7 +24,7 @@ from .runtime import (LiveChart, Metrics, all_reduce_mean, barrier, can_compile,
 from .engine import Engine
 from .evals import bits_per_byte
 
-# %% ../nbs/03_pretrain.ipynb #ecee46f8
+# %% ../nbs/03_pretrain.ipynb #43890ec4
 @dataclass
 class PretrainSettings:
     "Settings of pretraining; a zero or empty value is filled in from `depth` (see `fill`)."
@@ -48,7 +48,6 @@ class PretrainSettings:
     warmdown: float = 0.4        # share of the steps that falls
     eval_every: int = 0          # steps between measurements of bits per byte; 0: a fifth of the run
     eval_tokens: int = 0         # tokens of each language measured; 0: 20 batches, at least 16,384
-    sample_every: int = 0        # steps between samples; 0: only at the end; -1: never
     save_every: int = 0          # steps between checkpoints; 0: only at the end
     keep: int = 2                # newest checkpoints kept; 0: all
     resume: bool = False         # go on from the latest checkpoint of this tag
@@ -77,7 +76,7 @@ def fill(cfg: PretrainSettings) -> PretrainSettings:
     return replace(cfg, lr_scale=cfg.lr_scale or (cfg.batch_tokens / LARGE["batch_tokens"]) ** 0.125,
                    eval_tokens=cfg.eval_tokens or max(16384, 20 * min(cfg.batch_tokens, 65536)))
 
-# %% ../nbs/03_pretrain.ipynb #d76896a7
+# %% ../nbs/03_pretrain.ipynb #ad718400
 class Trainer:
     "The loop that pretraining and fine-tuning share: `fit` trains, measures, saves and resumes."
     def __init__(
@@ -94,11 +93,12 @@ class Trainer:
         evaluate=dict,    # () → dict of measured values
         sample=dict,      # () → dict of samples
     ):
-        self.cfg, self.rt, self.tok, self.model, self.loader, self.folder = cfg, rt, tok, model, loader, folder
+        self.cfg, self.rt, self.tok, self.model, self.loader, self.folder = cfg, rt, tok, model, Prefetch(loader), folder
         self.n_steps, self.micro_rows, self.batch_tokens, self.evaluate, self.sample = n_steps, micro_rows, batch_tokens, evaluate, sample
         self.opt = make_optimizer(model, matrix_lr=cfg.matrix_lr, embedding_lr=cfg.embedding_lr, unembedding_lr=cfg.unembedding_lr,
                                   weight_decay=cfg.weight_decay, lr_scale=cfg.lr_scale)
         self.start, self.seconds, self.last = 0, 0.0, {}
+        if rt.device.type == "cuda": model.loss_chunk = 2**29   # scores held at once: 2 GiB
 
 # %% ../nbs/03_pretrain.ipynb #9e3fe4a3
 @patch
@@ -157,15 +157,13 @@ def train_step(self: Trainer, model, step: int) -> dict: # a row of metrics
                 mfu=rate * flops_per_token(self.model.cfg) / (self.peak * rt.world_size), loader_ms=loader_ms, step_ms=1000 * dt,
                 mem=peak_memory(), seconds=self.seconds)
 
-# %% ../nbs/03_pretrain.ipynb #c0c26554
+# %% ../nbs/03_pretrain.ipynb #5db841cf
 @patch
 def observe(self: Trainer, step: int):
     "Measure and sample where it is due; the values go into the metrics as a row of their own."
-    cfg, end = self.cfg, step == self.n_steps
-    due = lambda every: end or every > 0 and step % every == 0
-    row = self.evaluate() if due(cfg.eval_every or max(1, self.n_steps // 5)) else {}
-    if cfg.sample_every >= 0 and due(cfg.sample_every): row |= self.sample()
-    if row: self.metrics.log(step=step, n_steps=self.n_steps, **row)
+    if step % (self.cfg.eval_every or max(1, self.n_steps // 5)) and step != self.n_steps: return
+    row = self.evaluate() | self.sample()
+    self.metrics.log(step=step, n_steps=self.n_steps, **row)
     self.last |= row
 
 # %% ../nbs/03_pretrain.ipynb #90f5ba59
@@ -209,7 +207,7 @@ def sampler(rt, tok, model, data: Path, n_tokens: int = 48):
         return {"samples": {l: s + engine.complete(s, max_tokens=n_tokens, temperature=0.0) for l, s in starts.items() if s}}
     return sample
 
-# %% ../nbs/03_pretrain.ipynb #d7451a24
+# %% ../nbs/03_pretrain.ipynb #0cab72c5
 def open_tokenizer(
     source: str,         # text to train it on, if there is none yet
     base: str,           # base folder
@@ -217,7 +215,7 @@ def open_tokenizer(
     otherwise: int,      # tokens of a new one if vocab_size is 0
 ) -> Tokenizer:
     "The tokenizer in `<base>/tokenizer`, trained first if there is none; one of another size is an error."
-    folder = base_dir(base) / "tokenizer"
+    folder = base_folder(base) / "tokenizer"
     if not (folder / "tokenizer.json").exists():
         return prepare_tokenizer(TokenizerSettings(source=source, base_dir=base, vocab_size=vocab_size or otherwise))
     tok = Tokenizer.load(folder)
@@ -229,12 +227,12 @@ def open_tokenizer(
 
 def artefacts(rt, source: str, base: str, vocab_size: int = 0, otherwise: int = 1024) -> tuple[Path, Tokenizer]:
     "Data folder and tokenizer; one rank of each machine makes what is absent, the others wait."
-    make = lambda: (prepare(DataSettings(source=source, base_dir=base)), open_tokenizer(source, base, vocab_size, otherwise))
+    make = lambda: (find_data(source, base), open_tokenizer(source, base, vocab_size, otherwise))
     made = make() if rt.local_rank == 0 else None
     barrier()
     return made or make()
 
-# %% ../nbs/03_pretrain.ipynb #badc32bf
+# %% ../nbs/03_pretrain.ipynb #f8491519
 def train(cfg: PretrainSettings) -> dict: # the last values of everything measured
     "Pretrain on this process, which is one rank of a run."
     cfg, begun = fill(cfg), time.time()
@@ -247,17 +245,17 @@ def train(cfg: PretrainSettings) -> dict: # the last values of everything measur
     rows = tokens // cfg.seq_len
     loader = TextLoader(data, tok, split="train", seq_len=cfg.seq_len, batch_rows=rows, seed=cfg.seed, rank=rt.rank, world_size=rt.world_size)
     n_steps = cfg.num_iterations or max(1, int(cfg.ratio * count_params(model.cfg)["total"] / tokens))
-    base = base_dir(cfg.base_dir)
+    base = base_folder(cfg.base_dir)
     out = Trainer(cfg, rt, tok, model, loader, base / "base_checkpoints" / cfg.tag, n_steps, micro, tokens,
                   evaluator(cfg, rt, tok, model, data), sampler(rt, tok, model, data)).fit()
     if rt.is_main: write_json(base / "report" / "pretrain.json", dict(settings=asdict(cfg), seconds=time.time() - begun, ranks=rt.world_size))
     close_runtime()
     return out
 
-# %% ../nbs/03_pretrain.ipynb #b957c20e
+# %% ../nbs/03_pretrain.ipynb #a7f9fa62
 def metrics_path(cfg, stage: str = "base") -> Path:
     "Where a run writes its metrics."
-    return base_dir(cfg.base_dir) / f"{stage}_checkpoints" / (cfg.tag or f"d{cfg.depth}") / "metrics.jsonl"
+    return base_folder(cfg.base_dir) / f"{stage}_checkpoints" / (cfg.tag or f"d{cfg.depth}") / "metrics.jsonl"
 
 def launch_training(
     cfg,                                  # settings of the stage

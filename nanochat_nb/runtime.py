@@ -18,7 +18,7 @@ from pathlib import Path
 import torch, torch.distributed as dist, yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from .settings import NanochatError, atomic_path, base_dir, did_you_mean, read_json, write_json
+from .settings import NanochatError, atomic_path, base_folder, did_you_mean, read_json, write_json
 
 # %% ../nbs/02b_runtime.ipynb #a9fbe42c
 def fast_bf16(
@@ -182,7 +182,7 @@ def compile_problem(
     cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     who = [platform.node(), torch.__version__, device, cxx]
     if torch.cuda.is_available(): who.append(torch.cuda.get_device_name())
-    path, key = base_dir(folder) / "compile_probe.json", " ".join(map(str, who))
+    path, key = base_folder(folder) / "compile_probe.json", " ".join(map(str, who))
     known = read_json(path) if path.exists() else {}
     if key not in known:
         r = subprocess.run([sys.executable, "-c", _PROBE, device, str(time.time())], capture_output=True, text=True)

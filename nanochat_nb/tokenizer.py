@@ -7,17 +7,16 @@ __all__ = ['COLOURS', 'CHAR_BYTE', 'SPLIT_PATTERN', 'SPECIAL', 'show_pieces', 'c
            'show_tokens', 'compression', 'check_messages', 'show_mask', 'StreamDecoder', 'TokenizerSettings',
            'sample_texts', 'recipe_of', 'prepare_tokenizer', 'main']
 
-# %% ../nbs/01_tokenizer.ipynb #56f1780e
+# %% ../nbs/01_tokenizer.ipynb #5afec068
 import codecs, hashlib, html, json, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 import tokenizers
 from fastcore.basics import patch
-from IPython.display import HTML
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from .data import DataSettings, iter_texts, prepare, read_manifest, source_folder
-from .settings import (NanochatError, atomic_path, base_dir as base_folder, did_you_mean, read_json,
+from .data import find_data, iter_texts, read_manifest
+from .settings import (NanochatError, atomic_path, base_folder, did_you_mean, read_json,
                                   run_main, write_json)
 
 # %% ../nbs/01_tokenizer.ipynb #04a65dea
@@ -33,13 +32,14 @@ def _span(piece, colour: str, note="") -> str:
     return (f"<span style='display:inline-block;text-align:center;background:{colour};color:#222;border-radius:3px;"
             f"padding:0 3px;margin:1px'>{text}{note}</span>")
 
-# %% ../nbs/01_tokenizer.ipynb #27e277a2
+# %% ../nbs/01_tokenizer.ipynb #7ff13c05
 def show_pieces(
     rows: dict,      # label → pieces, str or bytes
     colours=COLOURS, # cycled along a row
     notes=(),        # small notes below the pieces, e.g. their ids
-) -> HTML:
+):                # HTML for a notebook
     "Rows of pieces in colour, to compare ways of cutting."
+    from IPython.display import HTML   # here, so that training does not need IPython
     def patches(ps):
         notes_ = [*notes, *[""] * len(ps)]
         return " ".join(_span(p, colours[i % len(colours)], notes_[i]) for i, p in enumerate(ps))
@@ -156,7 +156,7 @@ def encode_batch(self: Tokenizer,
         for i, t in enumerate(texts): check_text(t, f"text {i}")
         raise
 
-# %% ../nbs/01_tokenizer.ipynb #f806a289
+# %% ../nbs/01_tokenizer.ipynb #18d1d92b
 @patch
 def decode(self: Tokenizer,
     ids,                        # token ids
@@ -169,7 +169,7 @@ def decode(self: Tokenizer,
 def show_tokens(
     tokenizer: Tokenizer,
     text: str,
-) -> HTML:
+):
     "A text in colour, token by token, with the ids."
     ids = tokenizer.encode(text)
     return show_pieces({"": [tokenizer._bytes[i] for i in ids]}, notes=ids)
@@ -254,11 +254,11 @@ def render_prompt(self: Tokenizer,
     if last != "user": raise NanochatError(f"message {n}: a prompt ends with a user message, not {last!r}")
     return ids + [self.special("assistant_start")]
 
-# %% ../nbs/01_tokenizer.ipynb #53aace47
+# %% ../nbs/01_tokenizer.ipynb #b9cf3b7e
 def show_mask(
     tokenizer: Tokenizer,
     conversation: dict,
-) -> HTML:
+):
     "A rendered conversation: green is learned, grey is only read."
     ids, mask = tokenizer.render(conversation)
     return show_pieces({"": [tokenizer._bytes[i] for i in ids]}, ["#9be89b" if m else "#e4e4e4" for m in mask])
@@ -317,13 +317,13 @@ def load(cls: Tokenizer,
         raise NanochatError(f"{file} is not the file that meta.json describes (its sha256 differs){again}")
     return cls(data.decode("utf-8"), meta)
 
-# %% ../nbs/01_tokenizer.ipynb #7de6b901
+# %% ../nbs/01_tokenizer.ipynb #5a3530f7
 @dataclass
 class TokenizerSettings:
     "Settings of the tokenizer stage."
     source: str = "world"           # text to train on: any source of the data chapter
     base_dir: str = ""              # base folder; empty: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat
-    vocab_size: int = 2048          # tokens in all, the nine special ones included
+    vocab_size: int = 1024          # tokens in all, the nine special ones included
     max_chars: int = 2_000_000_000  # train on the first so many characters
     doc_cap: int = 10_000           # characters used of one document
     pattern: str = ""               # regular expression that cuts text before merging; empty: SPLIT_PATTERN
@@ -345,13 +345,7 @@ def sample_texts(
             yield t
             if count["characters"] >= max_chars: return
 
-# %% ../nbs/01_tokenizer.ipynb #5ed002eb
-def _data_folder(cfg: TokenizerSettings) -> Path:
-    "The shards of a source as they are; made only where there are none."
-    data = DataSettings(source=cfg.source, base_dir=cfg.base_dir)
-    folder = source_folder(data)
-    return folder if (folder/"manifest.json").exists() else prepare(data)
-
+# %% ../nbs/01_tokenizer.ipynb #2a54c7d8
 def recipe_of(
     cfg: TokenizerSettings,
     manifest: dict, # of the data folder
@@ -362,14 +356,14 @@ def recipe_of(
                 pattern=cfg.pattern or SPLIT_PATTERN, special=list(SPECIAL),
                 data=hashlib.sha256(shards.encode()).hexdigest())
 
-# %% ../nbs/01_tokenizer.ipynb #5b7e6fa6
+# %% ../nbs/01_tokenizer.ipynb #a839db22
 def prepare_tokenizer(
     cfg: TokenizerSettings,
 ) -> Tokenizer:
     "The tokenizer in `<base>/tokenizer`; trained first unless one of the same recipe is there."
     for name in ("max_chars", "doc_cap"):
         if getattr(cfg, name) < 1: raise NanochatError(f"{name}={getattr(cfg, name)}: expected at least 1")
-    data, folder = _data_folder(cfg), base_folder(cfg.base_dir)/"tokenizer"
+    data, folder = find_data(cfg.source, cfg.base_dir), base_folder(cfg.base_dir)/"tokenizer"
     recipe, meta = recipe_of(cfg, read_manifest(data)), {"source": cfg.source}
     if (folder/"meta.json").exists() and not cfg.retrain:
         try: old = Tokenizer.load(folder)
