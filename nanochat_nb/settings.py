@@ -24,7 +24,7 @@ def did_you_mean(
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; valid names: {', '.join(known)}"
 
-# %% ../nbs/000_settings.ipynb #e5117a15
+# %% ../nbs/000_settings.ipynb #28b2b777
 def base_folder(
     folder: str | Path = "",  # explicit folder; empty: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat
 ) -> Path:                    # the base folder, created
@@ -173,7 +173,7 @@ def from_flags(
     make_settings(cls, from_file, ns.file or "")           # a wrong name or value in the file is the file's
     return make_settings(cls, from_file | {k: v for k, v in vars(ns).items() if k != "file" and v is not None})
 
-# %% ../nbs/000_settings.ipynb #149a0b1f
+# %% ../nbs/000_settings.ipynb #9339af65
 def from_notebook(
     cls,      # a settings dataclass
     ns: dict, # the notebook's globals()
@@ -186,7 +186,11 @@ def from_notebook(
             for t in getattr(node, "targets", []):
                 if isinstance(t, ast.Name) and t.id not in known:
                     raise NanochatError(f"unknown parameter {t.id!r}{did_you_mean(t.id, known)}")
-    return make_settings(cls, {k: ns[k] for k in known if k in ns})
+    values = {k: ns[k] for k in known if k in ns}
+    for k, v in values.items():
+        if v is None or isinstance(v, (bool, int, float, str)): continue
+        raise NanochatError(f"parameter {k!r} is a {type(v).__name__}: another cell took its name; rename it there")
+    return make_settings(cls, values)
 
 # %% ../nbs/000_settings.ipynb #83bc69c5
 def run_main(
