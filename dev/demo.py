@@ -69,14 +69,11 @@ def run_step(step: str, chapter: str, parameters: Path, out: Path, base: Path, p
     progress.say(f"{step}: {time.time() - start:.0f} s")
     return time.time() - start
 
-def chat(base: Path, data: dict):
+def chat(base: Path):
     "Print a short conversation with the newest model in each language; facts and sums are questions of the exam."
-    from nanochat_nb.data import DataSettings
-    from nanochat_nb.evals import load_engine
-    from nanochat_nb.settings import make_settings
-    from nanochat_nb.world import World, exam
-    cfg = make_settings(DataSettings, data)
-    engine, world = load_engine(base), World(seed=cfg.world_seed, n_people=cfg.n_people)
+    from nanochat_nb.evals import load_engine, world_of
+    from nanochat_nb.world import exam
+    engine, world = load_engine(base), world_of(base)
     for lang, hello, thanks in (("zh", "你是谁？", "谢谢你！"), ("en", "Who are you?", "Thank you!")):
         fact, sum_ = (exam(world, lang, kind, 1)[0] for kind in ("mcq", "arithmetic"))
         asked = [(hello, ""), (fact["stem"][0]["content"], fact["choices"][fact["label"]]), (sum_["messages"][0]["content"], sum_["answer"]), (thanks, "")]
@@ -91,7 +88,6 @@ def main():
     ap.add_argument("config", nargs="?", default=str(ROOT/"configs"/"tiny"), help="folder of parameter files")
     ap.add_argument("--out", default=str(ROOT/"runs"/"demo"), help="folder for everything the run makes; emptied first")
     a = ap.parse_args()
-    from nanochat_nb.settings import read_yaml
     config, out = Path(a.config).resolve(), Path(a.out).resolve()
     steps = [(step, chapter, config/f"{step}.yaml") for step, chapter in STEPS if (config/f"{step}.yaml").exists()]
     if not steps: sys.exit(f"error: {config} holds none of {', '.join(f'{s}.yaml' for s, _ in STEPS)}")
@@ -108,7 +104,7 @@ def main():
         sys.exit(130)
     for f in (base/"report").glob("report.*"): shutil.copy(f, out/f.name)
     print((out/"report.md").read_text(encoding="utf-8"))
-    chat(base, read_yaml(config/"00_data.yaml"))
+    chat(base)
     progress.say(f"done: {sum(seconds.values()):.0f} s of steps; report in {out/'report.json'}")
 
 if __name__ == "__main__": main()
