@@ -17,7 +17,8 @@ from .world import EXAMS, World, exam
 from .tokenizer import Tokenizer
 from .model import GPT, GPTConfig, count_params
 from .loader import eval_batches
-from .runtime import check_same_tokenizer, init_runtime, load_checkpoint, read_metrics
+from .runtime import init_runtime, read_metrics
+from .checkpoint import check_same_tokenizer, load_checkpoint
 from .engine import Engine
 
 # %% ../nbs/06_eval.ipynb #9a84a430

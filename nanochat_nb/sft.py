@@ -14,7 +14,8 @@ from .world import conversations
 from .data import read_conversations
 from .loader import ChatLoader, MixLoader, TextLoader
 from .optim import round_batch
-from .runtime import check_same_tokenizer, close_runtime, init_runtime, print0
+from .runtime import close_runtime, init_runtime, print0
+from .checkpoint import check_same_tokenizer
 from .engine import Engine
 from .evals import find_checkpoint, load_model, world_of
 from .pretrain import Trainer, artefacts, evaluator, launch_training
