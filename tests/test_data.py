@@ -1,12 +1,12 @@
 "Data: bad input, faults of the network, kills and interrupts, what does not read well in the chapter."
-import dataclasses, errno, hashlib, json, os, random, signal, sqlite3, subprocess, sys, threading, time, zipfile
+import dataclasses, errno, json, os, random, signal, sqlite3, subprocess, sys, time, zipfile
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import pyarrow as pa, pyarrow.parquet as pq, pytest
 from nanochat_nb import data, world
 from nanochat_nb.data import *
 from nanochat_nb.settings import NanochatError, read_json
+from test_fetch import hurry, start_hub
 
 ROOT = Path(__file__).parent.parent
 DOCS = world.corpus(world.World(seed=0, n_people=20), n_chars=60_000, seed=0)
@@ -228,55 +228,12 @@ def test_pip_failure_is_an_error(monkeypatch, tmp_path):
 
 # ---- the hub
 
-class Hub(BaseHTTPRequestHandler):
-    "Redirects /datasets/… to /cdn/…, which serves ranges and misbehaves as told."
-    def log_message(self, *a): pass
-    def do_HEAD(self): self.answer("")
-    def do_GET(self): self.answer(self.server.faults.pop(0) if self.path.startswith("/cdn") and self.server.faults else "")
-    def answer(self, fault):
-        s, name = self.server, self.path.split("/")[-1]
-        body = s.files.get(name)
-        if body is None: return self.send_error(404)
-        if self.path.startswith("/datasets"):
-            self.send_response(302 if s.redirect == 302 else s.redirect)
-            self.send_header("Location", f"/cdn/{name}")
-            self.send_header("X-Linked-Size", len(body))
-            self.send_header("X-Linked-Etag", f'"{hashlib.sha256(body).hexdigest()}"')
-            self.send_header("X-Repo-Commit", "c0ffee")
-            return self.end_headers()
-        start = int(self.headers.get("Range", "bytes=0-")[6:-1]) if s.ranges else 0
-        if self.command == "GET": s.asked.append((name, start, fault))
-        if fault in ("429", "500", "503"):
-            self.send_response(int(fault)); self.send_header("Retry-After", "0"); return self.end_headers()
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", len(body) - start)
-        self.end_headers()
-        if self.command == "HEAD": return
-        if fault == "wrong": body = body[:-1] + bytes([body[-1] ^ 1])
-        if fault == "reset": return self.connection.close()
-        part = body[start:]
-        if fault == "cut": part = part[: len(part) // 2]
-        if fault == "stall": self.wfile.write(part[: len(part) // 2]); self.wfile.flush(); time.sleep(2); return
-        if s.slow:
-            for i in range(0, len(part), 2000):
-                self.wfile.write(part[i:i + 2000]); self.wfile.flush(); time.sleep(s.slow)
-        else: self.wfile.write(part)
-
-
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-    def handle_error(self, request, address): pass       # a client that hangs up is part of the test
-
-
 @pytest.fixture
 def hub(tmp_path):
-    s = Server(("127.0.0.1", 0), Hub)
-    s.files, s.faults, s.asked, s.redirect, s.ranges, s.slow = {}, [], [], 302, True, 0
+    s = start_hub()
     write_shards(DOCS, tmp_path / "made", source="x", chars_per_shard=6_000)
     made = sorted((tmp_path / "made").glob("*.parquet"))
     for i, p in zip([0, 1, 2, 3, 1822], made): s.files[f"shard_{i:05d}.parquet"] = p.read_bytes()
-    s.address = f"http://127.0.0.1:{s.server_port}"
-    threading.Thread(target=s.serve_forever, daemon=True).start()
     yield s
     s.shutdown(); s.server_close()
 
@@ -284,9 +241,7 @@ def hub(tmp_path):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     "Pauses of milliseconds instead of seconds."
-    real = data.fetch
-    def fast(url, path, **kw): return real(url, path, **{"wait": 0.01, "timeout": 0.5} | kw)
-    monkeypatch.setattr(data, "fetch", fast)
+    hurry(monkeypatch)
     monkeypatch.delenv("HF_ENDPOINT", raising=False)
 
 
@@ -302,51 +257,6 @@ def test_every_fault_ends_in_whole_shards(hub, tmp_path, fault, redirect):
     assert verify(folder) == [] and m["revision"] == "c0ffee" and m["licence"]
     assert {p.name: p.read_bytes() for p in folder.glob("shard*")} == {n: b for n, b in hub.files.items() if "00003" not in n}
     assert not list(folder.glob("*.part"))
-
-
-def test_no_byte_twice_where_ranges_work(hub, tmp_path):
-    body = hub.files["x"] = random.Random(0).randbytes(500_000)
-    hub.faults = ["cut"] * 5 + ["503", "cut"]
-    data.fetch(f"{hub.address}/datasets/r/resolve/main/x", tmp_path / "x")
-    starts = [s for _, s, f in hub.asked if f != "503"]
-    assert (tmp_path / "x").read_bytes() == body and starts == sorted(starts) and starts[1] == 250_000
-    assert len(hub.asked) == 8                            # more faults than `tries`, but each brought something
-
-
-def test_without_ranges_it_starts_over(hub, tmp_path):
-    hub.ranges, hub.faults = False, ["cut"]
-    hub.files["x"] = bytes(range(256)) * 100
-    data.fetch(f"{hub.address}/datasets/r/resolve/main/x", tmp_path / "x")
-    assert (tmp_path / "x").read_bytes() == hub.files["x"]
-
-
-def test_plain_server_without_hashes_checks_the_size(hub, tmp_path):
-    hub.files["x"], hub.faults = b"abc" * 1000, ["cut"]
-    assert data.fetch(f"{hub.address}/cdn/x", tmp_path / "x")["sha256"] == ""
-    assert (tmp_path / "x").read_bytes() == hub.files["x"]
-
-
-def test_hopeless_faults(hub, tmp_path, monkeypatch):
-    def get(name, **kw): return data.fetch(f"{hub.address}/datasets/r/resolve/main/{name}", tmp_path / name, tries=3, **kw)
-    says("HTTP 404", get, "nothing")
-    hub.files["x"] = bytes(10_000)
-    hub.faults = ["wrong"] * 3
-    says("size or sha256 differs), 3 times", get, "x")
-    hub.faults = ["503"] * 3
-    says("HTTP 503, 3 times", get, "x")
-    says("could not fetch", data.fetch, "http://127.0.0.1:9/x", tmp_path / "x", tries=2)
-    def full(file, mode="r", **kw):
-        f = open(file, mode, **kw)
-        if "b" in mode and "r" not in mode:
-            class Full:
-                def __enter__(self): return self
-                def __exit__(self, *a): f.close()
-                def write(self, b): raise OSError(errno.ENOSPC, "No space left on device")
-            return Full()
-        return f
-    monkeypatch.setattr(data, "open", full, raising=False)
-    says("No space left on device; free disk space or ask for fewer", get, "x")
-    assert list(tmp_path.glob("x*")) == []
 
 
 def test_grows_reuses_and_mends(hub, tmp_path, monkeypatch):
