@@ -58,7 +58,7 @@ def run_step(step: str, chapter: str, parameters: Path, out: Path, base: Path, p
         try:
             while p.poll() is None:
                 row = last_row(base, start)
-                progress.show(f"{step}: {cells_done(notebook)}" + (f"  {progress_text(row, row.get('n_steps', 0))}" if row else ""))
+                progress.show(f"{step}: {cells_done(notebook)}" + (f"  {progress_text(row)}" if row else ""))
                 time.sleep(0.5)
         except BaseException:
             stop(p)

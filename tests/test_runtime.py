@@ -90,7 +90,7 @@ def test_two_nodes_meet(toy):
         s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
     errors = []
     def node(k):
-        try: launch("toy_ranks", dict(folder=str(toy)), nnodes=2, node_rank=k, rdzv_endpoint=f"127.0.0.1:{port}", log=toy / f"log{k}")
+        try: launch("toy_ranks", dict(folder=str(toy)), nnodes=2, node_rank=k, rdzv_endpoint=f"127.0.0.1:{port}", metrics=toy / "metrics.jsonl")
         except NanochatError as e: errors.append(str(e))
     ts = [threading.Thread(target=node, args=(k,)) for k in (0, 1)]
     for t in ts: t.start()
@@ -107,7 +107,7 @@ def test_a_rank_that_dies(toy, fail, said):
     for r in (0, 1): wait_for(lambda: not alive(int((toy / f"pid{r}").read_text())), 10)
 
 def test_a_misspelt_setting(toy):
-    with pytest.raises(NanochatError, match="unknown parameter 'stpes'.*did you mean 'steps'"): launch("toy_ranks", dict(stpes=3))
+    with pytest.raises(NanochatError, match="unknown parameter 'stpes'.*did you mean 'steps'"): launch("toy_ranks", dict(stpes=3), metrics=toy / "metrics.jsonl")
 
 def running(toy, stubborn=False):
     "Start a launcher of two ranks; returns it and the ranks' pids once both train."
@@ -181,8 +181,35 @@ def test_metrics_after_a_crash(tmp_path):
     p.write_text('{"step": 0}\n{"st\n{"step": 2}\n')
     with pytest.raises(NanochatError, match="line 2"): read_metrics(p)
 
-def test_no_compiler(tmp_path, monkeypatch):
+def test_interrupted_kernel(toy):
+    "Interrupting the kernel ends the ranks; the cell fails, the kernel lives, the chart has every row it was given."
+    manager = pytest.importorskip("jupyter_client.manager")
+    km, kc = manager.start_new_kernel(kernel_name="python3", env=dict(os.environ))
+    code = f"""from nanochat_nb.runtime import launch
+rows = []
+launch("toy_ranks", dict(folder={str(toy)!r}, steps=100_000), n_gpu=2, metrics={str(toy / "metrics.jsonl")!r}, on_metrics=rows.append)"""
+    try:
+        asked = kc.execute(code)
+        wait_for(lambda: len(read_metrics(toy / "metrics.jsonl")) > 3)
+        time.sleep(0.5)
+        km.interrupt_kernel()
+        reply = kc.get_shell_msg(timeout=30)
+        assert reply["parent_header"]["msg_id"] == asked and reply["content"]["ename"] == "KeyboardInterrupt"
+        for r in (0, 1): wait_for(lambda: not alive(int((toy / f"pid{r}").read_text())), 10)
+        said = kc.execute_interactive("assert len(rows) > 3 and [r['step'] for r in rows] == list(range(1, len(rows) + 1))", timeout=30)
+        assert said["content"]["status"] == "ok"
+    finally: kc.stop_channels(); km.shutdown_kernel(now=True)
+
+def test_the_last_rows_arrive(toy):
+    "Rows written just before the end, also by a run that fails, and none of an earlier run."
+    (toy / "metrics.jsonl").write_text('{"step": 77}\n')
+    rows = []
+    with pytest.raises(NanochatError, match="boom"):
+        launch("toy_ranks", dict(folder=str(toy), fail="crash"), n_gpu=2, metrics=toy / "metrics.jsonl", on_metrics=rows.append)
+    assert rows == read_metrics(toy / "metrics.jsonl") and [r["step"] for r in rows][:1] == [1]
+
+def test_no_compiler(tmp_path, monkeypatch, capsys):
     "Without a C++ compiler the probe says so instead of failing later."
     monkeypatch.setenv("CXX", str(tmp_path / "nothing"))
-    assert not can_compile("cpu", tmp_path) and "nothing" in compile_problem("cpu", tmp_path)
+    assert not can_compile("cpu", tmp_path) and "nothing" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "compile_probe.json").read_text())) == 1
