@@ -64,11 +64,10 @@ SPLIT_PATTERN = (r"\p{Han}{1,4}"                           # Chinese: at most fo
                  r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"        # punctuation, with the line break after it
                  r"|\s*[\r\n]+|\s+(?!\S)|\s+")             # line breaks, other white space
 
-# %% ../nbs/01_tokenizer.ipynb #18abeb10
+# %% ../nbs/01_tokenizer.ipynb #76a82f4d
 SPECIAL = ("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
            "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
 
-# %% ../nbs/01_tokenizer.ipynb #765009f4
 def check_text(
     text: str,           # any text
     what: str = "text",  # how an error calls it
@@ -329,7 +328,7 @@ class TokenizerSettings:
     pattern: str = ""               # regular expression that cuts text before merging; empty: SPLIT_PATTERN
     retrain: bool = False           # train even where a tokenizer of the same recipe exists
 
-# %% ../nbs/01_tokenizer.ipynb #35233aa1
+# %% ../nbs/01_tokenizer.ipynb #4bd8668c
 def sample_texts(
     texts,           # iterable of str
     max_chars: int,  # stop after so many characters
@@ -345,7 +344,6 @@ def sample_texts(
             yield t
             if count["characters"] >= max_chars: return
 
-# %% ../nbs/01_tokenizer.ipynb #2a54c7d8
 def recipe_of(
     cfg: TokenizerSettings,
     manifest: dict, # of the data folder
