@@ -197,7 +197,7 @@ def _outputs(cell) -> list:
 def check_code(cell) -> list:
     "What is wrong with the form of one code cell or with its stored output."
     out, lines, start = [], cell.source.splitlines(), repr(cell.source[:50])
-    if len(lines) > MAX_LINES: out.append(f"{start}: {len(lines)} lines, at most {MAX_LINES}")
+    if len(lines) > MAX_LINES and "parameters" not in cell.metadata.get("tags", []): out.append(f"{start}: {len(lines)} lines, at most {MAX_LINES}")
     out += [f"{start}: line {i} has {len(x)} columns, at most {MAX_COLUMNS}" for i, x in enumerate(lines, 1) if len(x) > MAX_COLUMNS]
     if HAN.search("".join(re.findall(r"(?m)#.*$", cell.source))) and not re.search(r"['\"]", cell.source): out.append(f"{start}: a Chinese comment; comments are English")
     if any(o.output_type == "error" for o in cell.outputs): out.append(f"{start}: a stored error")

@@ -187,7 +187,7 @@ class TextLoader:
         self.tokens_seen, self.last_ms = 0, 0.
         files = [(s["name"], s["rows"], s.get("sha256")) for s in self.stream.shards]
         self.made_from = dict(kind="text", split=split, seq_len=seq_len, batch_rows=batch_rows, seed=seed,
-                              buffer=self.buffer, data=fingerprint(files), tokenizer=tokenizer.hash)
+                              data=fingerprint(files), buffer=self.buffer, tokenizer=tokenizer.hash)
 
 # %% ../nbs/01a_loader.ipynb #02d1fd3c
 @patch

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'LARGE', 'RunSettings', 'TrainSettings', 'PretrainSettings', 'fill', 'Trainer', 'evaluator', 'sampler',
-           'open_tokenizer', 'artefacts', 'train', 'metrics_path', 'launch_training', 'main']
+           'open_tokenizer', 'artefacts', 'train', 'metrics_path', 'launch_training', 'last_values', 'main']
 
-# %% ../nbs/03_pretrain.ipynb #7102c961
-import json, math, os, time
+# %% ../nbs/03_pretrain.ipynb #138cf68e
+import collections, json, math, os, shutil, statistics, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import torch
@@ -16,22 +16,22 @@ from .settings import NanochatError, base_folder, from_notebook, run_main, write
 from .data import find_data, iter_texts
 from .tokenizer import Tokenizer, TokenizerSettings, prepare_tokenizer
 from .loader import Prefetch, TextLoader, eval_batches, loader_warning
-from .model import GPT, config_from_depth, count_params, flops_per_token
-from .optim import make_optimizer, set_schedule, round_batch
-from .runtime import (LiveChart, Metrics, all_reduce_mean, barrier, can_compile, close_runtime, freeze_gc,
-                                 init_runtime, launch, peak_flops, peak_memory, print0)
+from .model import GPT, config_from_depth, flops_per_token
+from .optim import make_optimizer, plan, set_schedule
+from .runtime import (LiveChart, Metrics, Runtime, all_reduce_mean, barrier, can_compile, close_runtime,
+                                 freeze_gc, init_runtime, launch, peak_flops, peak_memory, print0, read_metrics)
 from .checkpoint import check_same_tokenizer, latest_step, load_checkpoint, save_checkpoint, set_rng_state
 from .engine import Engine
 from .evals import bits_per_byte
 
-# %% ../nbs/03_pretrain.ipynb #83567234
+# %% ../nbs/03_pretrain.ipynb #f55eeced
 @dataclass
 class RunSettings:
     "Where a run lives and what it runs on: shared by pretraining and fine-tuning."
     depth: int = 4               # the one dial: layers; width is 64 times as much
     tag: str = ""                # name of the run's folder; empty: d<depth>
     base_dir: str = ""           # base folder; empty: $NANOCHAT_BASE_DIR or ~/.cache/nanochat
-    source: str = "world"        # training text: world, pypi, fineweb-edu, climbmix, or files and folders separated by commas
+    source: str = "world"        # world, pypi, fineweb-edu, climbmix, or files and folders separated by commas
     seed: int = 42               # of initial values and of the order of the data
     device: str = ""             # cuda, mps, cpu; empty: the best there is
     dtype: str = ""              # float32, bfloat16; empty: the fast one
@@ -42,7 +42,7 @@ class RunSettings:
     rdzv_endpoint: str = ""      # host:port where several machines meet
     max_restarts: int = 0        # how often torchrun may restart dead ranks
 
-# %% ../nbs/03_pretrain.ipynb #7e95c5a5
+# %% ../nbs/03_pretrain.ipynb #3c7d290c
 @dataclass
 class TrainSettings(RunSettings):
     "How the loop trains: shared by pretraining and fine-tuning."
@@ -57,7 +57,7 @@ class TrainSettings(RunSettings):
     warmup: float = 0.0          # share of the steps that rises
     warmdown: float = 0.4        # share of the steps that falls
     eval_every: int = 0          # steps between measurements of bits per byte; 0: a fifth of the run
-    eval_tokens: int = 0         # tokens of each language measured; 0: 20 batches, at least 16,384
+    eval_tokens: int = 0         # tokens of each language measured; 0: 8 batches, at most 1,048,576
     save_every: int = 0          # steps between checkpoints; 0: only at the end
     keep: int = 2                # newest checkpoints kept; 0: all
     resume: bool = False         # go on from the latest checkpoint of this tag
@@ -71,67 +71,49 @@ class PretrainSettings(TrainSettings):
     seq_len: int = 0             # context; 0: 2,048 from depth 8 on, else 256
     ratio: float = 0.0           # training tokens a parameter; 0: 20 from depth 8 on, else 0.55
 
-# %% ../nbs/03_pretrain.ipynb #61628222
+# %% ../nbs/03_pretrain.ipynb #b3b89bb1
 SMALL = dict(seq_len=256, batch_tokens=2048, device_batch=16, ratio=0.55)     # depth < 8: minutes on a laptop
 LARGE = dict(seq_len=2048, batch_tokens=524288, device_batch=32, ratio=20.0)  # the classic sizes
 
 def fill(cfg: PretrainSettings) -> PretrainSettings:
     "The settings with every zero or empty value filled in from `depth`."
-    if cfg.depth < 1: raise NanochatError(f"depth={cfg.depth}: expected at least 1; try 4 for a laptop, 20 for a server")
-    if min(cfg.n_gpu, cfg.nnodes) < 1: raise NanochatError(f"n_gpu={cfg.n_gpu}, nnodes={cfg.nnodes}: expected at least 1 of each")
-    d = dict(SMALL if cfg.depth < 8 else LARGE, tag=f"d{cfg.depth}")
-    if cfg.depth >= 16: d["device_batch"] = 16
-    cfg = replace(cfg, **{k: v for k, v in d.items() if not getattr(cfg, k)})
-    if cfg.batch_tokens < cfg.seq_len: raise NanochatError(f"batch_tokens={cfg.batch_tokens} is less than one row of seq_len={cfg.seq_len}")
+    floor = dict(depth=1, n_gpu=1, nnodes=1, num_iterations=0, batch_tokens=0, seq_len=0, eval_tokens=0)
+    for k, least in floor.items():
+        if getattr(cfg, k) < least: raise NanochatError(f"{k}={getattr(cfg, k)}: expected {least} or more"
+                                                        + "; try 4 for a laptop, 20 for a server" * (k == "depth"))
+    sizes = dict(SMALL if cfg.depth < 8 else LARGE, tag=f"d{cfg.depth}")
+    if cfg.depth >= 16: sizes["device_batch"] = 16
+    cfg = replace(cfg, **{k: v for k, v in sizes.items() if not getattr(cfg, k)})
+    if cfg.batch_tokens < cfg.seq_len:
+        raise NanochatError(f"batch_tokens={cfg.batch_tokens} is less than one row of seq_len={cfg.seq_len}")
     return replace(cfg, lr_scale=cfg.lr_scale or (cfg.batch_tokens / LARGE["batch_tokens"]) ** 0.125,
-                   eval_tokens=cfg.eval_tokens or max(16384, 20 * min(cfg.batch_tokens, 65536)))
+                   eval_tokens=cfg.eval_tokens or 8 * min(cfg.batch_tokens, 131072))
 
-# %% ../nbs/03_pretrain.ipynb #ad718400
+# %% ../nbs/03_pretrain.ipynb #91fc5a74
+@dataclass
 class Trainer:
     "The loop that pretraining and fine-tuning share: `fit` trains, measures, saves and resumes."
-    def __init__(
-        self,
-        cfg,              # settings with lr_scale, matrix_lr, …, eval_every, save_every, keep, resume, compile
-        rt,               # Runtime
-        tok,              # Tokenizer
-        model: GPT,
-        loader,           # yields this rank's (x, y): (rows, T) int64; y = -1 where nothing is learned
-        folder: Path,     # …_checkpoints/<tag>
-        n_steps: int,     # length of the run
-        micro_rows: int,  # rows of one forward pass
-        batch_tokens: int, # positions of one step, all ranks together
-        evaluate=dict,    # () → dict of measured values
-        sample=dict,      # () → dict of samples
-    ):
-        self.cfg, self.rt, self.tok, self.model, self.loader, self.folder = cfg, rt, tok, model, Prefetch(loader), folder
-        self.n_steps, self.micro_rows, self.batch_tokens, self.evaluate, self.sample = n_steps, micro_rows, batch_tokens, evaluate, sample
-        self.opt = make_optimizer(model, matrix_lr=cfg.matrix_lr, embedding_lr=cfg.embedding_lr, unembedding_lr=cfg.unembedding_lr,
-                                  weight_decay=cfg.weight_decay, lr_scale=cfg.lr_scale)
-        self.start, self.seconds, self.last = 0, 0.0, {}
-        if rt.device.type == "cuda": model.loss_chunk = 2**29   # scores held at once: 2 GiB
+    cfg: TrainSettings
+    rt: Runtime
+    tok: Tokenizer
+    model: GPT
+    loader: object         # yields this rank's (x, y): (rows, T) int64; y = -1 where nothing is learned
+    folder: Path           # …_checkpoints/<tag>
+    n_steps: int           # length of the run
+    micro_rows: int        # rows of one forward pass
+    batch_tokens: int      # positions of one step, all ranks together
+    evaluate: object = dict # () → dict of measured values
+    sample: object = dict  # () → dict of samples
 
-# %% ../nbs/03_pretrain.ipynb #9e3fe4a3
-@patch
-def restore(self: Trainer):
-    "Model, optimiser, loader and random state of the latest checkpoint, if there is one."
-    if latest_step(self.folder) is None: return
-    step, model, opt, meta = load_checkpoint(self.folder, device=self.rt.device)
-    check_same_tokenizer(meta, self.tok.hash)
-    if meta["config"] != asdict(self.model.cfg):
-        raise NanochatError(f"the checkpoint in {self.folder} is of {meta['config']}, the settings ask for {asdict(self.model.cfg)}; use another tag")
-    self.model.load_state_dict(model)
-    self.opt.load_state_dict(opt)
-    self.loader.load_state_dict(meta["loader"])
-    set_rng_state(meta["rng"])
-    self.start, self.seconds = step, meta["seconds"]
-
-# %% ../nbs/03_pretrain.ipynb #e92dd776
-@patch
-def save(self: Trainer, step: int):
-    "A checkpoint after `step` steps."
-    save_checkpoint(self.folder, step, self.model, self.opt, keep=self.cfg.keep, meta=dict(
-        config=asdict(self.model.cfg), tokenizer_hash=self.tok.hash, settings=asdict(self.cfg), loader=self.loader.state_dict(),
-        n_steps=self.n_steps, seconds=self.seconds))
+    def __post_init__(self):
+        cfg, rt = self.cfg, self.rt
+        self.start, self.seconds, self.last = 0, 0.0, {}             # steps and seconds done before; latest values
+        self.short = rt.device.type == "cpu" and self.n_steps < 300  # too short to compile: run it exactly instead
+        if self.short and not cfg.dtype: rt.dtype = torch.float32
+        if rt.device.type == "cuda": self.model.loss_chunk = 2**29  # scores held at once: 2 GiB
+        self.loader = Prefetch(self.loader)
+        names = ("matrix_lr", "embedding_lr", "unembedding_lr", "weight_decay", "lr_scale")
+        self.opt = make_optimizer(self.model, dtype=rt.dtype, **{k: getattr(cfg, k) for k in names})
 
 # %% ../nbs/03_pretrain.ipynb #020d1293
 @patch
@@ -147,25 +129,56 @@ def gradients(self: Trainer, model, x, y) -> torch.Tensor: # mean loss over the 
     all_reduce_mean([p.grad for p in self.model.parameters()] + [total])
     return total
 
-# %% ../nbs/03_pretrain.ipynb #75f77da5
+# %% ../nbs/03_pretrain.ipynb #ac31f1b7
 @patch
 def train_step(self: Trainer, model, step: int) -> dict: # a row of metrics
     "One optimiser step."
-    cfg, rt, t = self.cfg, self.rt, time.perf_counter()
+    cfg, rt, began = self.cfg, self.rt, time.perf_counter()
     x, y = next(self.loader)
-    loader_ms = 1000 * (time.perf_counter() - t)
+    loader_ms = 1000 * (time.perf_counter() - began)
     lr = set_schedule(self.opt, step, self.n_steps, warmup=cfg.warmup, warmdown=cfg.warmdown)
     loss = self.gradients(model, x.to(rt.device), y.to(rt.device))
     self.opt.step()
     self.opt.zero_grad(set_to_none=True)
     loss = loss.item()
-    if not math.isfinite(loss): raise NanochatError(f"the loss is {loss} at step {step}; lower lr_scale (now {cfg.lr_scale:.3g}) and resume")
-    dt = time.perf_counter() - t
-    self.seconds += dt
-    rate = self.batch_tokens / dt
-    return dict(step=step, n_steps=self.n_steps, loss=loss, lr=lr, tokens=self.batch_tokens * (step + 1), tok_per_s=rate,
-                mfu=rate * flops_per_token(self.model.cfg) / (self.peak * rt.world_size), loader_ms=loader_ms, step_ms=1000 * dt,
-                mem=peak_memory(), seconds=self.seconds)
+    if not math.isfinite(loss):
+        raise NanochatError(f"the loss is {loss} at step {step}; lower lr_scale (now {cfg.lr_scale:.3g}) and resume")
+    seconds = time.perf_counter() - began
+    self.seconds += seconds
+    rate = self.batch_tokens / seconds
+    mfu = rate * flops_per_token(self.model.cfg) / (self.peak * rt.world_size)
+    return dict(step=step, n_steps=self.n_steps, loss=loss, lr=lr, tokens=self.batch_tokens * (step + 1),
+                tok_per_s=rate, mfu=mfu, loader_ms=loader_ms, step_ms=1000 * seconds, mem=peak_memory(),
+                seconds=self.seconds)
+
+# %% ../nbs/03_pretrain.ipynb #61fda3d7
+@patch
+def watch_loader(self: Trainer, row: dict):
+    "Warn once when the loader takes more than a tenth of the last twenty steps."
+    self.waits.append((row["loader_ms"], row["step_ms"]))
+    if self.warned or len(self.waits) < 20: return
+    self.warned = loader_warning(*(statistics.mean(c) for c in zip(*self.waits)))
+    if self.warned: print0(self.warned)
+
+# %% ../nbs/03_pretrain.ipynb #1d1f0145
+def evaluator(cfg, rt, tok, model, data: Path):
+    "() → bits per byte of the validation split, for each language that it has."
+    T = model.cfg.seq_len
+    rows = max(1, min(cfg.device_batch, cfg.eval_tokens // T))
+    size = dict(seq_len=T, batch_rows=rows, n_tokens=cfg.eval_tokens)
+    sets, nbytes = {l: eval_batches(data, tok, lang=l, **size) for l in ("zh", "en")}, tok.token_bytes()
+    return lambda: {f"bpb_{l}": bits_per_byte(model, b, nbytes, rt) for l, b in sets.items() if b}
+
+# %% ../nbs/03_pretrain.ipynb #785a638e
+def sampler(rt, tok, model, data: Path, n_tokens: int = 48):
+    "() → greedy continuations of the beginnings of held-out documents, one of each language; on the main rank."
+    starts = {l: tok.decode(tok.encode(next(iter_texts(data, "val", l), ""))[:6]) for l in ("zh", "en")}
+    def sample():
+        if not rt.is_main: return {}
+        engine = Engine(model, tok, rt)
+        say = lambda s: s + engine.complete(s, max_tokens=n_tokens, temperature=0.0)
+        return {"samples": {l: say(s) for l, s in starts.items() if s}}
+    return sample
 
 # %% ../nbs/03_pretrain.ipynb #5db841cf
 @patch
@@ -176,48 +189,71 @@ def observe(self: Trainer, step: int):
     self.metrics.log(step=step, n_steps=self.n_steps, **row)
     self.last |= row
 
-# %% ../nbs/03_pretrain.ipynb #90f5ba59
+# %% ../nbs/03_pretrain.ipynb #105b4152
+@patch
+def save(self: Trainer, step: int):
+    "A checkpoint after `step` steps."
+    meta = dict(config=asdict(self.model.cfg), tokenizer_hash=self.tok.hash, settings=asdict(self.cfg),
+                loader=self.loader.state_dict(), n_steps=self.n_steps, seconds=self.seconds)
+    save_checkpoint(self.folder, step, self.model, self.opt, meta=meta, keep=self.cfg.keep)
+
+# %% ../nbs/03_pretrain.ipynb #f9d90009
+@patch
+def restore(self: Trainer):
+    "Take all but the rates, which are those of the settings, from the latest checkpoint, if there is one."
+    if latest_step(self.folder) is None: return
+    step, model, opt, meta = load_checkpoint(self.folder, device=self.rt.device)
+    check_same_tokenizer(meta, self.tok.hash)
+    ours = asdict(self.model.cfg)
+    if diff := {k: v for k, v in meta["config"].items() if v != ours.get(k)}:
+        raise NanochatError(f"the checkpoint in {self.folder} has {diff}, the settings ask for "
+                            f"{ {k: ours.get(k) for k in diff} }; use another tag, or the old settings")
+    asked = [{k: g[k] for k in ("initial_lr", "initial_weight_decay")} for g in self.opt.param_groups]
+    self.model.load_state_dict(model)
+    self.opt.load_state_dict(opt)
+    for group, rates in zip(self.opt.param_groups, asked): group.update(rates)
+    self.loader.load_state_dict(meta["loader"])
+    set_rng_state(meta["rng"])
+    self.start, self.seconds = step, meta["seconds"]
+
+# %% ../nbs/03_pretrain.ipynb #1bdf8c80
+@patch
+def set_aside(self: Trainer):
+    "Move an earlier run of this tag to `before/`, replacing what was there."
+    if self.rt.is_main and latest_step(self.folder) is not None:
+        shutil.rmtree(self.folder / "before", ignore_errors=True)
+        (self.folder / "before").mkdir()
+        old = [self.folder / "latest", self.folder / "metrics.jsonl", *self.folder.glob("step_*")]
+        for p in old:
+            if p.exists(): p.rename(self.folder / "before" / p.name)
+        print0(f"the earlier run in {self.folder} is now in its subfolder before; resume would have gone on with it")
+    barrier()
+
+# %% ../nbs/03_pretrain.ipynb #78f5d84e
 @patch
 def fit(self: Trainer) -> dict: # the last values of everything measured
     "Train to the end, from the latest checkpoint if `cfg.resume`."
-    if self.cfg.resume: self.restore()
+    self.restore() if self.cfg.resume else self.set_aside()
     self.metrics, self.peak = Metrics(self.folder / "metrics.jsonl", keep_below=self.start), peak_flops(self.rt)
     if self.rt.is_main: write_yaml(self.folder / "settings.yaml", self.cfg)
-    pays = self.n_steps >= (300 if self.rt.device.type == "cpu" else 50)
-    model = torch.compile(self.model, dynamic=False) if self.cfg.compile and pays and can_compile(self.rt.device.type) else self.model
-    every, warned = self.cfg.save_every, False
+    pays = not self.short and self.n_steps >= 50
+    compiled = self.cfg.compile and pays and can_compile(self.rt.device.type)
+    model = torch.compile(self.model, dynamic=False) if compiled else self.model
+    self.waits, self.warned = collections.deque(maxlen=20), ""
     for step in range(self.start, self.n_steps):
         self.observe(step)
         row = self.train_step(model, step)
         self.metrics.log(**row)
         self.last |= row
-        if not warned and step > self.start + 5 and (warned := loader_warning(row["loader_ms"], row["step_ms"])): print0(warned)
-        if step + 1 == self.n_steps or every and (step + 1) % every == 0: self.save(step + 1)
+        self.watch_loader(row)
+        done, every = step + 1, self.cfg.save_every
+        if done == self.n_steps or every and done % every == 0: self.save(done)
         if step == self.start and "TORCHELASTIC_RUN_ID" in os.environ: freeze_gc()
     self.observe(self.n_steps)
     self.metrics.close()
     return self.last | dict(folder=str(self.folder))
 
-# %% ../nbs/03_pretrain.ipynb #f8ae6f88
-def evaluator(cfg, rt, tok, model, data: Path):
-    "() → bits per byte of the validation split, for each language that it has."
-    T = model.cfg.seq_len
-    rows = max(1, min(cfg.device_batch, cfg.eval_tokens // T))
-    sets = {l: eval_batches(data, tok, lang=l, seq_len=T, batch_rows=rows, n_tokens=cfg.eval_tokens) for l in ("zh", "en")}
-    nbytes = tok.token_bytes()
-    return lambda: {f"bpb_{l}": bits_per_byte(model, b, nbytes, rt) for l, b in sets.items() if b}
-
-# %% ../nbs/03_pretrain.ipynb #7c611cca
-def sampler(rt, tok, model, data: Path, n_tokens: int = 48):
-    "() → greedy continuations of the beginnings of held-out documents, one of each language; on the main rank."
-    starts = {l: tok.decode(tok.encode(next(iter_texts(data, "val", l), ""))[:6]) for l in ("zh", "en")}
-    def sample():
-        if not rt.is_main: return {}
-        engine = Engine(model, tok, rt)
-        return {"samples": {l: s + engine.complete(s, max_tokens=n_tokens, temperature=0.0) for l, s in starts.items() if s}}
-    return sample
-
-# %% ../nbs/03_pretrain.ipynb #0cab72c5
+# %% ../nbs/03_pretrain.ipynb #fa7adc64
 def open_tokenizer(
     source: str,         # text to train it on, if there is none yet
     base: str,           # base folder
@@ -231,38 +267,48 @@ def open_tokenizer(
     tok = Tokenizer.load(folder)
     asked = tok.meta.get("recipe", {}).get("vocab_size", tok.vocab_size)
     if vocab_size not in (0, asked, tok.vocab_size):
-        raise NanochatError(f"vocab_size={vocab_size}, but the tokenizer in {folder} has {tok.vocab_size}; leave vocab_size out, "
-                            "train that size first (chapter 01), or choose another base_dir")
+        raise NanochatError(f"vocab_size={vocab_size}, but the tokenizer in {folder} has {tok.vocab_size}; "
+                            "leave vocab_size out, train that size first (chapter 01), or choose another base_dir")
     return tok
 
-def artefacts(rt, source: str, base: str, vocab_size: int = 0, otherwise: int = 1024) -> tuple[Path, Tokenizer]:
-    "Data folder and tokenizer; one rank of each machine makes what is absent, the others wait."
-    make = lambda: (find_data(source, base), open_tokenizer(source, base, vocab_size, otherwise))
-    made = make() if rt.local_rank == 0 else None
-    barrier()
-    return made or make()
+# %% ../nbs/03_pretrain.ipynb #718fe6cb
+def artefacts(
+    rt,                    # Runtime
+    source: str,           # training text
+    base: str,             # base folder
+    vocab_size: int = 0,   # tokens; 0: those of the tokenizer in place
+    otherwise: int = 1024, # tokens of a new tokenizer if vocab_size is 0
+) -> tuple[Path, Tokenizer]: # folder of shards, tokenizer
+    "Data and tokenizer, made if absent: by the main rank, then by one rank of every machine that has another disk."
+    made = None
+    for turn in (rt.is_main, rt.local_rank == 0, True):
+        if turn and not made: made = find_data(source, base), open_tokenizer(source, base, vocab_size, otherwise)
+        barrier()
+    return made
 
-# %% ../nbs/03_pretrain.ipynb #f8491519
+# %% ../nbs/03_pretrain.ipynb #3e84a658
 def train(cfg: PretrainSettings) -> dict: # the last values of everything measured
     "Pretrain on this process, which is one rank of a run."
-    cfg, begun = fill(cfg), time.time()
-    rt = init_runtime(cfg.device, cfg.dtype, cfg.seed)
+    cfg, began = fill(cfg), time.time()
+    rt, T = init_runtime(cfg.device, cfg.dtype, cfg.seed), cfg.seq_len
     data, tok = artefacts(rt, cfg.source, cfg.base_dir, cfg.vocab_size, 1024 if cfg.depth < 8 else 65536)
-    model = GPT(config_from_depth(cfg.depth, tok.vocab_size, cfg.seq_len, cfg.arch)).to(rt.device)
+    p = plan(cfg.depth, tok.vocab_size, T, arch=cfg.arch, ratio=cfg.ratio, batch_tokens=cfg.batch_tokens,
+             n_gpu=rt.world_size, device_batch=cfg.device_batch, num_iterations=cfg.num_iterations)
+    for note in p.notes: print0(note)
+    model = GPT(config_from_depth(cfg.depth, tok.vocab_size, T, cfg.arch)).to(rt.device)
     model.init_weights(cfg.seed)
-    micro, accum, tokens, notes = round_batch(cfg.batch_tokens, cfg.seq_len, rt.world_size, cfg.device_batch)
-    for note in notes: print0(note)
-    rows = tokens // cfg.seq_len
-    loader = TextLoader(data, tok, split="train", seq_len=cfg.seq_len, batch_rows=rows, seed=cfg.seed, rank=rt.rank, world_size=rt.world_size)
-    n_steps = cfg.num_iterations or max(1, int(cfg.ratio * count_params(model.cfg)["total"] / tokens))
+    loader = TextLoader(data, tok, split="train", seq_len=T, batch_rows=p.batch_tokens // T, seed=cfg.seed,
+                        rank=rt.rank, world_size=rt.world_size)
     base = base_folder(cfg.base_dir)
-    out = Trainer(cfg, rt, tok, model, loader, base / "base_checkpoints" / cfg.tag, n_steps, micro, tokens,
-                  evaluator(cfg, rt, tok, model, data), sampler(rt, tok, model, data)).fit()
-    if rt.is_main: write_json(base / "report" / "pretrain.json", dict(settings=asdict(cfg), seconds=time.time() - begun, ranks=rt.world_size))
+    look = evaluator(cfg, rt, tok, model, data), sampler(rt, tok, model, data)
+    out = Trainer(cfg, rt, tok, model, loader, base / "base_checkpoints" / cfg.tag, p.steps, p.device_batch,
+                  p.batch_tokens, *look).fit()
+    report = dict(settings=asdict(cfg), seconds=time.time() - began, ranks=rt.world_size)
+    if rt.is_main: write_json(base / "report" / "pretrain.json", report)
     close_runtime()
     return out
 
-# %% ../nbs/03_pretrain.ipynb #a7f9fa62
+# %% ../nbs/03_pretrain.ipynb #04ce601c
 def metrics_path(cfg, stage: str = "base") -> Path:
     "Where a run writes its metrics."
     return base_folder(cfg.base_dir) / f"{stage}_checkpoints" / (cfg.tag or f"d{cfg.depth}") / "metrics.jsonl"
@@ -274,17 +320,27 @@ def launch_training(
 ) -> Path:                                # its metrics.jsonl
     "Train in torchrun subprocesses with a live chart (a progress line on a terminal)."
     chart, path = LiveChart(), metrics_path(cfg, stage)
-    try: launch(module, cfg, n_gpu=cfg.n_gpu, nnodes=cfg.nnodes, node_rank=cfg.node_rank, rdzv_endpoint=cfg.rdzv_endpoint,
-                metrics=path, on_metrics=chart, max_restarts=cfg.max_restarts)
+    find_data(cfg.source, cfg.base_dir)
+    if stage == "base": open_tokenizer(cfg.source, cfg.base_dir, cfg.vocab_size, 1024 if cfg.depth < 8 else 65536)
+    ranks = {k: getattr(cfg, k) for k in ("n_gpu", "nnodes", "node_rank", "rdzv_endpoint", "max_restarts")}
+    try: launch(module, cfg, metrics=path, on_metrics=chart, **ranks)
     finally: chart.close()
     return path
 
-# %% ../nbs/03_pretrain.ipynb #a2eb7a9f
+# %% ../nbs/03_pretrain.ipynb #d55aa42a
+def last_values(
+    path,     # metrics.jsonl
+) -> dict:    # the last value of everything in it, and the run's folder
+    "What a run ended with."
+    out = {}
+    for row in read_metrics(path): out |= row
+    return out | dict(folder=str(Path(path).parent))
+
 def main(cfg: PretrainSettings):
     "Train; with several ranks asked for and no torchrun around, start it. The last line printed is one JSON object."
     fill(cfg)
-    if "RANK" not in os.environ and (cfg.n_gpu > 1 or cfg.nnodes > 1): print(json.dumps({"metrics": str(launch_training(cfg))}))
-    else: print0(json.dumps(train(cfg), ensure_ascii=False))
+    alone = "RANK" not in os.environ and cfg.n_gpu * cfg.nnodes > 1
+    print0(json.dumps(last_values(launch_training(cfg)) if alone else train(cfg), ensure_ascii=False))
 
 # %% ../nbs/03_pretrain.ipynb #8edace8a
 if __name__ == "__main__" and "get_ipython" not in globals(): run_main(main, PretrainSettings)
