@@ -1,0 +1,151 @@
+"Cleaning: properties that must hold for any text, planted near-duplicates, order, the command."
+import json, random, re, subprocess, sys
+from collections import Counter
+import numpy as np, pytest
+from hypothesis import given, settings as hyp, strategies as st
+from nanochat_nb import clean as C, data
+from nanochat_nb.settings import NanochatError
+
+ANY = st.text(st.characters(codec="utf-8"), max_size=200) | st.text("a é\u0301\u200b\xa0\u3000\r\n\t！哈３Ｄ\x1c\u2028ﬁ", max_size=60)
+
+@hyp(max_examples=300, deadline=None)
+@given(ANY)
+def test_normalise_is_idempotent(t):
+    once = C.normalise(t)
+    assert C.normalise(once) == once
+    assert "\r" not in once and "\n\n\n" not in once and not re.search(r"[ \t]\n", once)
+
+@hyp(max_examples=200, deadline=None)
+@given(st.text("abcxyz 0123456789{}[]()<>=+-*/^_\\|&%$#;:'\"\n的是不≠≤∑√αβ²", max_size=200))
+def test_code_and_maths_keep_every_sign(t):
+    kept = C.normalise(t)
+    assert Counter(kept.replace("\n", "").replace(" ", "")) == Counter(t.replace("\n", "").replace(" ", ""))
+
+@hyp(max_examples=300, deadline=None)
+@given(st.text("天ab .,\n", max_size=8), st.integers(3, 9), st.integers(0, 10**9 - 1), st.sampled_from(["", "+86 ", "86-"]),
+       st.sampled_from(["", "-", " "]), st.text("天 .,，。\n", max_size=8))
+def test_no_mobile_number_is_left(before, second, rest, country, sep, after):
+    if re.search(r"[a-z]$", before) or re.search("[.]$", before): before += " "
+    r = f"1{second}{rest:09d}"
+    masked = C.mask_private(f"{before}{country}{sep.join((r[:3], r[3:7], r[7:]))}{after}")
+    assert "[PHONE]" in masked and not re.search(r"1[3-9]\d{9}", re.sub(r"[- ]", "", masked))
+
+@hyp(max_examples=200, deadline=None)
+@given(st.integers(110000, 659999), st.dates(), st.integers(0, 999))
+def test_identity_numbers_go_and_wrong_ones_stay(area, day, serial):
+    day = day.replace(year=1900 + day.year % 125) if not (day.month == 2 and day.day == 29) else day.replace(year=2000)
+    head = f"{area}{day:%Y%m%d}{serial:03d}"
+    marks = {c for c in "0123456789X" if C.valid_id(head + c)}
+    assert len(marks) == 1
+    for c in "0123456789X":
+        assert C.mask_private(f"证件{head + c}。") == ("证件[ID]。" if c in marks else f"证件{head + c}。")
+
+@hyp(max_examples=200, deadline=None)
+@given(st.from_regex(r"[a-z0-9][a-z0-9._+-]{0,12}@[a-z0-9]{1,8}\.(cn|com|io|org\.uk)", fullmatch=True), st.sampled_from(["邮箱", "mail: ", "<"]))
+def test_no_mail_address_is_left(mail, before):
+    if re.search(r"^(git|hg|svn)@|[@.](example|test|invalid|localhost)\.", mail): return
+    assert "@" not in C.mask_private(before + mail + "。")
+
+def test_what_is_meant_as_utf8_comes_back():
+    for t in ("清洗之前先看一看，再动手。", "naïve café — “déjà vu”", "Ünïcödé"):
+        for table in ("latin-1", "cp1252"):
+            try: hurt = t.encode().decode(table)
+            except UnicodeDecodeError: continue
+            assert C.mend(hurt) == t
+
+@hyp(max_examples=100, deadline=None)
+@given(st.lists(ANY, min_size=1, max_size=8))
+def test_the_quick_path_equals_the_slow_one(texts):
+    new, f = C.rewrite(texts, C.CleanSettings(), Counter())
+    slow = [C.mask_private(C.drop_boilerplate(C.normalise(C.mend(t)))) for t in texts]
+    def ink(t): return re.sub(r"\s", "", C.normalise(t))         # a control character inside a line end may cost a blank line
+    assert list(map(ink, new)) == list(map(ink, slow))
+    for k, v in C.measure(new, 120).items(): np.testing.assert_array_equal(f[k], v)
+
+def test_lone_surrogates_do_not_stop_it():
+    new, _ = C.rewrite(["a\ud800b" * 10, "fine"], C.CleanSettings(), Counter())
+    assert new == ["a\ufffdb" * 10, "fine"]
+
+
+# ---- duplicates -----------------------------------------------------------------------------------------------------
+
+WORDS = "time river stone house market winter letter garden window bridge paper teacher doctor music silver".split()
+
+def story(rng, n=120): return " ".join(rng.choice(WORDS) + str(rng.randrange(90)) for _ in range(n))
+
+def edited(t, share, rng):
+    w = t.split()
+    for i in rng.sample(range(len(w)), max(1, int(share * len(w)))): w[i] = "other" + str(rng.randrange(10**6))
+    return " ".join(w)
+
+def planted(n=150, seed=0):
+    rng = random.Random(seed)
+    originals = [story(rng) for _ in range(2 * n)]
+    return originals, [edited(t, 0.02, rng) for t in originals[:n]]
+
+def test_planted_near_duplicates_are_found_and_nothing_else():
+    originals, copies = planted()
+    label = C.near_duplicates(C.measure(originals + copies, 120)["sig"])
+    n, found = len(copies), [label[len(originals) + i] == i for i in range(len(copies))]
+    assert np.mean(found) >= 0.98                                                  # recall
+    assert (label[:len(originals)] == np.arange(len(originals))).all()             # precision: no two originals are joined
+    assert all(l == i or l >= len(originals) for i, l in zip(range(n), label[len(originals):]))
+
+def test_the_estimate_is_unbiased():
+    rng = random.Random(1)
+    a = [story(rng) for _ in range(200)]
+    b = [edited(t, 0.1, rng) for t in a]
+    def pieces(t): return set(C._shingles(*C._codes([t])).tolist())
+    exact = np.array([len(pieces(x) & pieces(y)) / len(pieces(x) | pieces(y)) for x, y in zip(a, b)])
+    guess = (C.measure(a, 120)["sig"] == C.measure(b, 120)["sig"]).mean(1)
+    assert abs((guess - exact).mean()) < 0.01 and np.abs(guess - exact).mean() < 0.06
+
+def test_the_outcome_does_not_depend_on_the_order(tmp_path):
+    originals, copies = planted(60)
+    docs = [{"text": t} for t in originals + copies + originals[:20]]
+    reports, kept = [], []
+    for i in range(3):
+        reports.append(C.clean(random.Random(i).sample(docs, len(docs)), C.CleanSettings(source="x"), tmp_path/str(i)))
+        kept.append(sorted(t for s in ("train", "val") for t in data.iter_texts(tmp_path/str(i), s)))
+    assert reports[0] == reports[1] == reports[2] and kept[0] == kept[1] == kept[2]
+    assert reports[0]["dropped"]["exact duplicate"] == 20 and reports[0]["dropped"]["near duplicate"] >= 58
+
+def test_batches_do_not_matter(monkeypatch, tmp_path):
+    originals, copies = planted(40)
+    docs = [{"text": t} for t in originals + copies]
+    whole = C.clean(docs, C.CleanSettings(source="x"), tmp_path/"a")
+    batches = C._batches
+    monkeypatch.setattr(C, "_batches", lambda rows: batches(rows, 1))
+    assert C.clean(docs, C.CleanSettings(source="x"), tmp_path/"b") == whole
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+def run(*args):
+    done = subprocess.run([sys.executable, "-m", "nanochat_nb.clean", *map(str, args)], capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+def test_command_cleans_a_folder(tmp_path):
+    originals, copies = planted(30)
+    rows = [{"text": t} for t in originals + copies + ["short"]]
+    (tmp_path/"in").mkdir()
+    (tmp_path/"in/a.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    code, out, err = run("--source", tmp_path/"in", "--out", tmp_path/"out")
+    said = json.loads(out.splitlines()[-1])
+    assert code == 0 and said["documents"] == 91 and said["dropped"]["too short"] == 1, err
+    assert data.read_manifest(tmp_path/"out")["recipe"]["clean"]["near"] == 0.7 and data.verify(tmp_path/"out") == []
+    assert json.loads((tmp_path/"out/clean.json").read_text(encoding="utf-8"))["kept"] == said["kept"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]             # no spool is left
+
+@pytest.mark.parametrize("flags, said", [(["--near", "1.5"], "near=1.5"), (["--bands", "0"], "bands=0"), (["--min_byte", "3"], "min_bytes"),
+                                         (["--min_bytes", "100000"], "too short")])
+def test_bad_settings_are_named(tmp_path, flags, said):
+    (tmp_path/"a.txt").write_text("some text that is long enough to be kept by every rule of the chapter, surely so")
+    code, out, err = run("--source", tmp_path/"a.txt", "--out", tmp_path/"out", *flags)
+    assert code == 2 and said in err and not (tmp_path/"out").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+def test_a_row_without_text_is_named(tmp_path):
+    import pyarrow as pa, pyarrow.parquet as pq
+    pq.write_table(pa.table({"text": ["a", None]}), tmp_path/"a.parquet")
+    with pytest.raises(NanochatError, match="row 2"): C.clean(tmp_path/"a.parquet", C.CleanSettings(), tmp_path/"out")
