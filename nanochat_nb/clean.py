@@ -46,7 +46,7 @@ def normalise(
     for c in _ODD.intersection(text): text = text.replace(c, _JUNK[ord(c)] or "")
     return _RUN.sub(r"\1\1\1", _tidy(text))
 
-# %% ../nbs/00b_clean.ipynb #d0fd4ccb
+# %% ../nbs/00b_clean.ipynb #763bb853
 _CP1252 = {c: i for i in range(128, 256) for c in {chr(i), bytes([i]).decode("cp1252", "ignore")} if c}
 _HIGH = re.compile("[" + re.escape("".join(_CP1252)) + "]{2,}")
 _LEADS = "ÂÃâäåæçèéï"  # first bytes of UTF-8 read as cp1252: Latin, punctuation, Han
@@ -64,8 +64,9 @@ def mend(
     if any(c in text for c in _LEADS): text = _HIGH.sub(_redecode, text)
     if "锟斤拷" in text: text = text.replace("锟斤拷", "\ufffd\ufffd")
     if "锛" in text or "銆" in text:
-        back = text.encode("gb18030", "replace").decode("utf-8", "replace")
-        if back.count("\ufffd") <= 0.2 * len(back): text = back
+        parts = (x.encode("gb18030", "replace") for x in text.split("\ufffd"))
+        back = b"\xff".join(parts).decode("utf-8", "replace")          # what was lost stays lost
+        if back.count("\ufffd") <= 0.35 * len(back): text = back
     return text
 
 # %% ../nbs/00b_clean.ipynb #7313661a
