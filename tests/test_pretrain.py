@@ -1,0 +1,204 @@
+"Whole runs in processes of their own: ranks, kills, Ctrl-C, resuming, bad input, papermill."
+import ast, json, os, random, shutil, signal, subprocess, sys, time
+from dataclasses import asdict, fields
+from pathlib import Path
+import nbformat, pytest
+from nanochat_nb.checkpoint import damage, latest_step
+from nanochat_nb.data import DataSettings, prepare, shard_paths
+from nanochat_nb.pretrain import PretrainSettings
+from nanochat_nb.runtime import read_metrics
+from nanochat_nb.settings import field_comments
+from nanochat_nb.tokenizer import TokenizerSettings, prepare_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOK = ROOT/"nbs/03_pretrain.ipynb"
+RUN = dict(depth=2, num_iterations=20, save_every=4, seq_len=64, batch_tokens=4096, eval_tokens=2048, device="cpu")
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    "A base folder with a small world and its tokenizer."
+    base = tmp_path_factory.mktemp("prepared")
+    prepare(DataSettings(base_dir=str(base), n_chars=400_000))
+    prepare_tokenizer(TokenizerSettings(base_dir=str(base), vocab_size=512))
+    return base
+
+@pytest.fixture
+def base(prepared, tmp_path):
+    "A copy of it for one test."
+    shutil.copytree(prepared, tmp_path/"base")
+    return tmp_path/"base"
+
+def environment(base):
+    "Variables of a child: this code, that base folder, one thread."
+    return os.environ | {"NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+def command(**settings):
+    flags = [f"--{k}={v}" for k, v in (RUN | settings).items()]
+    return [sys.executable, "-m", "nanochat_nb.pretrain", *flags]
+
+def run(base, *more, **settings):
+    "Run the command to its end: status, standard output, standard error."
+    p = subprocess.run([*command(**settings), *more], env=environment(base), capture_output=True, text=True, timeout=300)
+    return p.returncode, p.stdout, p.stderr
+
+def folder(base, tag="d2"): return base/"base_checkpoints"/tag
+def losses(base, tag="d2"): return [r["loss"] for r in read_metrics(folder(base, tag)/"metrics.jsonl") if "loss" in r]
+
+def wait_for(cond, seconds=120.):
+    end = time.time() + seconds
+    while not (x := cond()):
+        assert time.time() < end, "waited too long"
+        time.sleep(0.02)
+    return x
+
+def children(pid: int) -> list[int]:
+    "Pids of all processes below one."
+    table = [list(map(int, l.split())) for l in subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True).stdout.splitlines()]
+    found = [pid]
+    for p in found: found += [c for c, parent in table if parent == p]
+    return found[1:]
+
+def alive(pid: int) -> bool:
+    out = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return bool(out) and not out.startswith("Z")
+
+@pytest.fixture(scope="module")
+def whole(prepared, tmp_path_factory):
+    "Losses of the uninterrupted run of one rank, and its base folder."
+    base = tmp_path_factory.mktemp("whole")/"base"
+    shutil.copytree(prepared, base)
+    status, out, err = run(base, "--dtype=float32", "--compile=false")
+    assert status == 0, err
+    last = json.loads(out.splitlines()[-1])
+    assert last["step"] == 19 and Path(last["folder"]) == folder(base)
+    return losses(base), base
+
+# ---- kill and resume
+
+def test_sigkill_and_resume_gives_the_same_losses(base, whole):
+    "Killed at a random step, resumed: every loss equals the uninterrupted run's, to the bit."
+    at = random.randrange(5, 13)
+    p = subprocess.Popen(command(dtype="float32", compile="false"), env=environment(base), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: len(losses(base)) >= at or p.poll() is not None)
+    p.kill(); p.wait()
+    assert latest_step(folder(base)) is not None and len(losses(base)) < 20
+    status, _, err = run(base, "--dtype=float32", "--compile=false", "--resume")
+    assert status == 0, err
+    assert losses(base) == whole[0]
+    assert [r["step"] for r in read_metrics(folder(base)/"metrics.jsonl") if "bpb_zh" in r] == [0, 4, 8, 12, 16, 20]
+
+def test_kill_before_the_first_checkpoint_of_a_second_run(base, whole):
+    "An older run of the same tag is never resumed into by mistake."
+    shutil.copytree(folder(whole[1]), folder(base))
+    p = subprocess.Popen(command(seed=1, save_every=0), env=environment(base), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: 0 < len(losses(base)) < 15 or p.poll() is not None)
+    p.kill(); p.wait()
+    assert latest_step(folder(base)) is None and latest_step(folder(base)/"before") == 20
+    status, _, err = run(base, "--resume", seed=1, save_every=0)
+    assert status == 0, err
+    assert len(losses(base)) == 20 and losses(base)[3] != whole[0][3]
+
+def test_two_ranks_and_resume_on_one(base, whole):
+    "Two ranks have the losses of one; stopped and resumed on one rank they still have."
+    status, out, err = run(base, "--compile=false", n_gpu=2)
+    assert status == 0, err
+    assert json.loads(out.splitlines()[-1])["loss"] == losses(base)[-1]
+    assert max(abs(a - b) for a, b in zip(losses(base), whole[0], strict=True)) < 1e-3
+    shutil.rmtree(folder(base)/"step_000020")
+    (folder(base)/"latest").write_text("step_000016\n")
+    status, _, err = run(base, "--compile=false", "--resume")
+    assert status == 0, err
+    assert max(abs(a - b) for a, b in zip(losses(base), whole[0], strict=True)) < 1e-3
+    for name in ("bpb_zh", "bpb_en"):
+        one, two = ([r[name] for r in read_metrics(folder(b)/"metrics.jsonl") if name in r] for b in (whole[1], base))
+        assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-3
+
+def test_ctrl_c_at_the_launcher(base):
+    "The ranks die, the last checkpoint is whole, and the run goes on from it."
+    long = dict(num_iterations=60, n_gpu=2, save_every=5, eval_every=30)
+    p = subprocess.Popen(command(**long), env=environment(base), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: latest_step(folder(base)) is not None or p.poll() is not None)
+    below = children(p.pid)
+    assert len(below) >= 3                                     # torchrun and two ranks
+    p.send_signal(signal.SIGINT)
+    assert p.wait(40) == 130 and "Traceback" not in p.stderr.read()
+    for pid in below: wait_for(lambda: not alive(pid), 20)
+    step = latest_step(folder(base))
+    before = losses(base)
+    assert step < 60 and damage(folder(base)/f"step_{step:06d}") == ""
+    status, _, err = run(base, "--resume", **long | dict(n_gpu=1))
+    assert status == 0, err
+    assert len(losses(base)) == 60 and max(abs(a - b) for a, b in zip(before, losses(base))) < 1e-3
+
+# ---- bad input: one line that names the thing, status 2, nothing left behind
+
+@pytest.mark.parametrize("more,said", [(["--depth=0"], "depth=0"), (["--dpeth=4"], "did you mean 'depth'"),
+                                       (["--arch=clasic"], "arch"), (["--batch_tokens=32"], "batch_tokens=32"), (["--vocab_size=999"], "vocab_size=999")])
+def test_bad_settings(base, more, said):
+    before = sorted(base.rglob("*"))
+    status, out, err = run(base, *more)
+    assert status == 2 and said in err and "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1 and sorted(base.rglob("*")) == before
+
+def test_a_checkpoint_of_another_vocabulary(base, whole):
+    shutil.copytree(folder(whole[1]), folder(base))
+    prepare_tokenizer(TokenizerSettings(base_dir=str(base), vocab_size=600, retrain=True))
+    status, _, err = run(base, "--resume")
+    assert status == 2 and "belongs to tokenizer" in err and "Traceback" not in err
+    assert latest_step(folder(base)) == 20 and losses(base) == whole[0]            # untouched
+
+def test_a_shard_cut_in_half(base):
+    shard = shard_paths(base/"base_data/world", "train")[0]
+    os.truncate(shard, shard.stat().st_size // 2)
+    status, _, err = run(base)
+    assert status == 2 and shard.name in err and "Traceback" not in err
+
+def test_a_damaged_checkpoint_names_a_whole_one(base, whole):
+    shutil.copytree(folder(whole[1]), folder(base))
+    file = folder(base)/"step_000020/model.safetensors"
+    os.truncate(file, file.stat().st_size - 8)
+    status, _, err = run(base, "--resume")
+    assert status == 2 and str(file) in err and "step 16" in err
+
+def test_a_rank_that_fails_is_one_error_of_the_launcher(base):
+    "What the rank said comes back through torchrun, in one line."
+    shard = shard_paths(base/"base_data/world", "train")[0]
+    os.truncate(shard, shard.stat().st_size // 2)
+    status, _, err = run(base, n_gpu=2)
+    assert status == 2 and shard.name in err and "Traceback" not in err
+
+def test_data_and_tokenizer_are_made_if_absent(tmp_path):
+    status, out, err = run(tmp_path, num_iterations=2)
+    assert status == 0, err
+    assert (tmp_path/"tokenizer/tokenizer.json").exists() and (tmp_path/"base_data/world/manifest.json").exists()
+    assert json.loads((tmp_path/"report/pretrain.json").read_text())["settings"]["tag"] == "d2"
+
+# ---- papermill
+
+def papermill(base, *args, **kw):
+    return subprocess.run([sys.executable, "-m", "papermill", "--no-progress-bar", str(NOTEBOOK), *args], env=environment(base), cwd=base,
+                          capture_output=True, text=True, timeout=300, **kw)
+
+def test_the_parameters_cell_is_the_dataclass():
+    cell = next(c for c in nbformat.read(NOTEBOOK, 4).cells if "parameters" in c.metadata.get("tags", []))
+    nodes = {n.target.id: n for n in ast.parse(cell.source).body}
+    types = {f.name: f.type if isinstance(f.type, str) else f.type.__name__ for f in fields(PretrainSettings)}
+    assert {k: ast.literal_eval(n.value) for k, n in nodes.items()} == asdict(PretrainSettings())
+    assert {k: n.annotation.id for k, n in nodes.items()} == types
+    comments = {l.split(":")[0]: l.split("#", 1)[1].strip() for l in cell.source.splitlines()}
+    assert comments == field_comments(PretrainSettings)
+
+def test_papermill_misspelt_name_fails_at_once(tmp_path):
+    p = papermill(tmp_path, "out.ipynb", "-p", "dpeth", "4")
+    assert p.returncode != 0 and "did you mean 'depth'" in p.stderr
+
+def test_papermill_into_a_pipe(base):
+    "Without an output path the notebook, and nothing else, goes to standard output; the run is real."
+    parameters = [x for k, v in (RUN | dict(num_iterations=3, n_gpu=2)).items() for x in ("-p", k, str(v))]
+    p = papermill(base, *parameters)
+    assert p.returncode == 0, p.stderr[-3000:]
+    nb = nbformat.reads(p.stdout, 4)
+    nbformat.validate(nb)
+    assert len(losses(base)) == 3 and latest_step(folder(base)) == 3
+    shown = str(nb.cells)
+    assert "bpb_zh" in shown and "image/png" in str([c.outputs for c in nb.cells if "launch_training(cfg)" in c.source])
