@@ -86,9 +86,10 @@ def test_every_token_exactly_once_an_epoch(made):
     read = {}
     while loader.epoch < 2:
         for (epoch, *address), ids, first, n in loader.next_row():
-            assert read.get(key := (epoch, *address), 0) == first        # pieces follow one another
+            key = (epoch, *address)
+            assert read.get(key, 0) == first        # pieces follow one another
             read[key] = first + n
-    for epoch in (0, 1): assert {k: read[(epoch, *k)] for k in length} == length
+    for epoch in (0, 1): assert {k: read.get((epoch, *k)) for k in length} == length
 
 
 def test_tokens_are_those_of_the_documents(made):
