@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['QUINTIC', 'best_quintic', 'polar_express', 'matmul_dtype', 'orthogonalize', 'muon_group', 'adamw_group', 'MuonAdamW',
-           'by_shape', 'Muon', 'make_optimizer', 'lr_multiplier', 'muon_momentum', 'set_schedule', 'round_batch',
-           'Plan', 'plan']
+           'even_out', 'by_shape', 'Muon', 'sort_parameters', 'make_optimizer', 'lr_multiplier', 'muon_momentum',
+           'set_schedule', 'round_batch', 'Plan', 'plan']
 
 # %% ../nbs/02a_optim.ipynb #3c4dc526
 import functools, importlib.util, math
@@ -82,10 +82,11 @@ def muon_group(
     weight_decay: float = 0.0, # decoupled, times lr
     nesterov: bool = True,     # mix this step's gradient in once more
     cautious: bool = True,     # decay only where the update itself points to zero
+    beta2: float = 0.0,        # of the running mean square of each neuron's update; 0: all neurons alike
 ) -> dict:
     "A param group for Muon."
     return dict(kind="muon", params=list(params), lr=lr, momentum=momentum, weight_decay=weight_decay,
-                nesterov=nesterov, cautious=cautious)
+                nesterov=nesterov, cautious=cautious, beta2=beta2)
 
 def adamw_group(
     params: list[Tensor],       # any shapes
@@ -124,6 +125,18 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
 # %% ../nbs/02a_optim.ipynb #691ca592
+def even_out(
+    update: Tensor, # (n, rows, cols)
+    state: dict,    # holds `square`, the running mean square of each neuron
+    beta2: float,
+) -> Tensor:        # same shape and norms, neurons of even size
+    "Divide each neuron's update by its running size (NorMuon, Li et al. 2025)."
+    square = update.square().mean(-1 if update.size(1) >= update.size(2) else -2, keepdim=True)
+    if "square" not in state: state["square"] = torch.zeros_like(square)
+    even = update * state["square"].lerp_(square, 1 - beta2).clamp(min=1e-10).rsqrt()
+    return even * (update.norm(dim=(1, 2), keepdim=True) / even.norm(dim=(1, 2), keepdim=True).clamp(min=1e-10))
+
+# %% ../nbs/02a_optim.ipynb #cb659e70
 @patch
 def _muon(self: MuonAdamW, g: dict):
     "All matrices of one shape as one (n, rows, cols) stack; a parameter without gradient counts as zero."
@@ -134,6 +147,7 @@ def _muon(self: MuonAdamW, g: dict):
     if not state: state["momentum"] = torch.zeros_like(grad)
     mean = state["momentum"].lerp_(grad, 1 - g["momentum"])
     update = self.orthogonalize(grad.lerp_(mean, g["momentum"]) if g["nesterov"] else mean)
+    if g["beta2"]: update = even_out(update, state, g["beta2"])
     update = update * max(1, grad.size(1) / grad.size(2)) ** 0.5
     if g["weight_decay"]:
         W = torch.stack(ps)
@@ -166,29 +180,38 @@ def Muon(params, lr: float = 0.02, coefficients=None, dtype=None, compile=None, 
     return MuonAdamW([muon_group(ps, lr, **kwargs) for ps in by_shape(params)], coefficients, dtype, compile)
 
 # %% ../nbs/02a_optim.ipynb #1a675b03
+def sort_parameters(model: nn.Module) -> dict[str, list[Tensor]]:
+    "A GPT's parameters by their part: head, wte, values and mix by name, all others are matrices of the blocks."
+    kinds = dict(head=[], wte=[], values=[], mix=[], matrix=[])
+    for name, p in model.named_parameters():
+        if not p.requires_grad: continue
+        if p.ndim != 2: raise NanochatError(f"parameter {name} {tuple(p.shape)} is no matrix; give it a group")
+        part = name.split(".")[0]
+        kinds[part if part in kinds else "matrix"].append(p)
+    return kinds
+
+# %% ../nbs/02a_optim.ipynb #b60356dd
 def make_optimizer(
     model: nn.Module,                 # a GPT: wte, blocks, head
     *,
     matrix_lr: float = 0.02,          # Muon: matrices of the blocks
     embedding_lr: float = 0.2,        # AdamW: embedding
     unembedding_lr: float = 0.004,    # AdamW: head
+    scalar_lr: float = 0.02,          # AdamW: the residual mix
     weight_decay: float = 0.0,        # Muon only
+    muon_beta2: float = 0.0,          # of Muon's neuron-wise mean square; 0: off
     lr_scale: float = 1.0,            # multiplies all rates (`plan(...).lr_scale`)
     width_scale: float | None = None, # multiplies AdamW's rates; default (n_embd / 768)^-0.5
     betas: tuple = (0.8, 0.95),       # of AdamW
     **kwargs,                         # coefficients, dtype, compile of `MuonAdamW`
 ) -> MuonAdamW:
     "Sort a GPT's parameters: embedding and head to AdamW, the matrices of the blocks to Muon."
-    kinds = dict(head=[], wte=[], matrix=[])
-    for name, p in model.named_parameters():
-        if not p.requires_grad: continue
-        if p.ndim != 2: raise NanochatError(f"parameter {name} {tuple(p.shape)} is no matrix; give it a group")
-        part = name.split(".")[0]
-        kinds[part if part in kinds else "matrix"].append(p)
+    kinds = sort_parameters(model)
     scale = lr_scale * ((model.cfg.n_embd / 768) ** -0.5 if width_scale is None else width_scale)
-    rates = (("head", unembedding_lr), ("wte", embedding_lr))
+    rates = (("head", unembedding_lr), ("wte", embedding_lr), ("values", embedding_lr / 2), ("mix", scalar_lr))
     groups = [adamw_group(kinds[k], lr * scale, betas) for k, lr in rates if kinds[k]]
-    groups += [muon_group(ps, matrix_lr * lr_scale, weight_decay=weight_decay) for ps in by_shape(kinds["matrix"])]
+    groups += [muon_group(ps, matrix_lr * lr_scale, weight_decay=weight_decay, beta2=muon_beta2)
+               for ps in by_shape(kinds["matrix"])]
     return MuonAdamW(groups, **kwargs)
 
 # %% ../nbs/02a_optim.ipynb #b9acce26

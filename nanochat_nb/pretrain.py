@@ -16,6 +16,7 @@ from .settings import NanochatError, base_folder, from_notebook, run_main, write
 from .data import find_data, iter_texts
 from .tokenizer import Tokenizer, TokenizerSettings, prepare_tokenizer
 from .loader import Prefetch, TextLoader, eval_batches, loader_warning
+from .kernels import fp8_works
 from .model import GPT, config_from_depth, flops_per_token
 from .optim import make_optimizer, plan, set_schedule
 from .runtime import (LiveChart, Metrics, Runtime, all_reduce_mean, barrier, can_compile, close_runtime,
@@ -54,6 +55,9 @@ class TrainSettings(RunSettings):
     embedding_lr: float = 0.2    # AdamW, at width 768
     unembedding_lr: float = 0.004 # AdamW, at width 768
     weight_decay: float = 0.0    # of the matrices
+    muon_beta2: float = 0.0      # of the running size of each neuron's update; 0: all neurons alike
+    fp8: bool = False            # products with weights in eight bits, where the GPU has them
+    activation_budget: float = 1.0 # share of activations kept for the backward pass; less is slower (compiled runs)
     warmup: float = 0.0          # share of the steps that rises
     warmdown: float = 0.4        # share of the steps that falls
     eval_every: int = 0          # steps between measurements of bits per byte; 0: a fifth of the run
@@ -112,7 +116,7 @@ class Trainer:
         if self.short and not cfg.dtype: rt.dtype = torch.float32
         if rt.device.type == "cuda": self.model.loss_chunk = 2**29  # scores held at once: 2 GiB
         self.loader = Prefetch(self.loader)
-        names = ("matrix_lr", "embedding_lr", "unembedding_lr", "weight_decay", "lr_scale")
+        names = ("matrix_lr", "embedding_lr", "unembedding_lr", "weight_decay", "muon_beta2", "lr_scale")
         self.opt = make_optimizer(self.model, dtype=rt.dtype, **{k: getattr(cfg, k) for k in names})
 
 # %% ../nbs/03_pretrain.ipynb #020d1293
@@ -122,11 +126,14 @@ def gradients(self: Trainer, model, x, y) -> torch.Tensor: # mean loss over the 
     count = (y >= 0).sum().float()
     all_reduce_mean([count])
     total = torch.zeros((), device=self.rt.device)
+    scale = 256 * count if self.model.fp8 else 1.0  # gradients about 1, which eight bits can hold
     for a, b in zip(x.split(self.micro_rows), y.split(self.micro_rows)):
         with self.rt.autocast(): loss = model(a, b, reduction="sum") / count.clamp(min=1)
-        loss.backward()
+        (loss * scale).backward()
         total += loss.detach()
-    all_reduce_mean([p.grad for p in self.model.parameters()] + [total])
+    grads = [p.grad for p in self.model.parameters()]
+    if self.model.fp8: torch._foreach_mul_(grads, 1 / scale)
+    all_reduce_mean(grads + [total])
     return total
 
 # %% ../nbs/03_pretrain.ipynb #ac31f1b7
@@ -231,14 +238,23 @@ def set_aside(self: Trainer):
 
 # %% ../nbs/03_pretrain.ipynb #78f5d84e
 @patch
+def fast_model(self: Trainer): # what `train_step` runs
+    "The model with the kernels that work on this device, compiled where that pays."
+    pays, kind = not self.short and self.n_steps >= 50, self.rt.device.type
+    compiled = self.cfg.compile and pays and can_compile(kind)
+    if self.cfg.fp8 and fp8_works(self.rt.device): self.model.use_fp8()
+    if not compiled: return self.model
+    torch._functorch.config.activation_memory_budget = self.cfg.activation_budget
+    return torch.compile(self.model, dynamic=False)
+
+# %% ../nbs/03_pretrain.ipynb #31399ea8
+@patch
 def fit(self: Trainer) -> dict: # the last values of everything measured
     "Train to the end, from the latest checkpoint if `cfg.resume`."
     self.restore() if self.cfg.resume else self.set_aside()
     self.metrics, self.peak = Metrics(self.folder / "metrics.jsonl", keep_below=self.start), peak_flops(self.rt)
     if self.rt.is_main: write_yaml(self.folder / "settings.yaml", self.cfg)
-    pays = not self.short and self.n_steps >= 50
-    compiled = self.cfg.compile and pays and can_compile(self.rt.device.type)
-    model = torch.compile(self.model, dynamic=False) if compiled else self.model
+    model = self.fast_model()
     self.waits, self.warned = collections.deque(maxlen=20), ""
     for step in range(self.start, self.n_steps):
         self.observe(step)

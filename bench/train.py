@@ -1,0 +1,137 @@
+"""Speed of a training step, this project and the reference side by side on one GPU: one table, one JSON row a run.
+
+python bench/train.py --reference PATH [--runs NAME …] [--out FILE.jsonl]
+
+PATH is a checkout of karpathy/nanochat. Every run is a process of its own with the same random tokens: 524,288 a step in
+micro-batches, forward, backward and optimiser. Rates are medians of the timed steps; kinds of time come from a trace of one.
+"""
+import argparse, json, os, statistics, subprocess, sys, time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+RUNS = {  # name: who, depth, vocabulary, rows of a micro-batch, and what else differs
+    "ref-d12": dict(who="reference", depth=12, vocab=32768, rows=32, pattern="L"),
+    "ref-d20": dict(who="reference", depth=20, vocab=32768, rows=16, pattern="L"),
+    "classic-d12": dict(who="ours", depth=12, vocab=32768, rows=32, arch="classic"),
+    "modern-d12": dict(who="ours", depth=12, vocab=32768, rows=32, arch="modern"),
+    "modern-fp8-d12": dict(who="ours", depth=12, vocab=32768, rows=32, arch="modern", fp8=True),
+    "modern-tune-d12": dict(who="ours", depth=12, vocab=32768, rows=32, arch="modern", env={"TORCHINDUCTOR_COORDINATE_DESCENT_TUNING": "1"}),
+    "modern-fp8-lean-d12": dict(who="ours", depth=12, vocab=32768, rows=32, arch="modern", fp8=True, budget=0.9),
+    "classic-d20": dict(who="ours", depth=20, vocab=32768, rows=16, arch="classic"),
+    "modern-d20": dict(who="ours", depth=20, vocab=32768, rows=16, arch="modern"),
+    "modern-fp8-d20": dict(who="ours", depth=20, vocab=32768, rows=16, arch="modern", fp8=True),
+}
+BATCH, T = 524288, 2048
+KINDS = (("attention", ("flash", "fmha", "sdpa", "flex", "cudnn_generated", "attention")),
+         ("products", ("gemm", "nvjet", "cutlass", "xmma", "cublas", "wgmma", "splitk")),
+         ("loss", ("logsumexp", "loss", "softmax", "tanh")))
+
+
+def tokens(vocab):
+    import torch
+    g = torch.Generator().manual_seed(0)
+    return torch.randint(0, vocab, (BATCH // T, T), generator=g)
+
+def ours(run):
+    "(step function, FLOPs a token, parameters) of this project."
+    import torch
+    from nanochat_nb.model import GPT, config_from_depth, count_params, flops_per_token
+    from nanochat_nb.pretrain import PretrainSettings, Trainer, fill
+    from nanochat_nb.runtime import init_runtime, peak_flops
+    rt = init_runtime("cuda", "bfloat16", 0)
+    cfg = fill(PretrainSettings(depth=run["depth"], fp8=run.get("fp8", False),
+                                activation_budget=run.get("budget", 1.0), muon_beta2=0.9 if run["arch"] == "modern" else 0.0))
+    shape = config_from_depth(run["depth"], run["vocab"], T, run["arch"])
+    model, x = GPT(shape).to(rt.device).init_weights(0), tokens(run["vocab"])
+    class Same:
+        def __next__(self): return x, x.roll(-1, 1)
+        def __iter__(self): return self
+        def state_dict(self): return {}
+        def load_state_dict(self, state): pass
+    trainer = Trainer(cfg, rt, None, model, Same(), Path("."), 1000, run["rows"], BATCH)
+    trainer.peak, fast, at = peak_flops(rt), trainer.fast_model(), iter(range(1000))
+    return lambda: trainer.train_step(fast, next(at))["loss"], flops_per_token(shape), count_params(shape)["total"], trainer.peak
+
+def reference(run):
+    "The same of the reference: its model, its optimiser, its order of work."
+    import torch
+    sys.path.insert(0, run["path"])
+    from nanochat.gpt import GPT, GPTConfig
+    from nanochat_nb.runtime import init_runtime, peak_flops
+    rt = init_runtime("cuda", "bfloat16", 0)
+    heads = run["depth"] * 64 // 128
+    with torch.device("meta"):
+        model = GPT(GPTConfig(T, run["vocab"], run["depth"], heads, heads, heads * 128, run["pattern"]))
+    model.to_empty(device="cuda"); model.init_weights()
+    opt, fast, x = model.setup_optimizer(), torch.compile(model, dynamic=False), tokens(run["vocab"])
+    def step():
+        a = x.cuda(); b = a.roll(-1, 1)
+        parts = list(zip(a.split(run["rows"]), b.split(run["rows"])))
+        for i, o in parts:
+            loss = fast(i, o)
+            (loss / len(parts)).backward()
+        opt.step(); model.zero_grad(set_to_none=True)
+        return loss.item()
+    return step, model.estimate_flops(), sum(p.numel() for p in model.parameters()), peak_flops(rt)
+
+def kinds_of_time(step):
+    "Milliseconds of GPU time of one step by kind of kernel, and the ten largest kernels."
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+    with profile(activities=[ProfilerActivity.CUDA]) as prof: step(); torch.cuda.synchronize()
+    out, top = {}, []
+    for e in prof.key_averages():
+        ms, name = e.self_device_time_total / 1000, e.key.lower()
+        if not ms: continue
+        kind = next((k for k, words in KINDS if any(w in name for w in words)), "other")
+        out[kind] = out.get(kind, 0) + ms
+        top.append((round(ms, 2), e.count, e.key[:90]))
+    return {k: round(v, 1) for k, v in out.items()}, sorted(top, reverse=True)[:14]
+
+def one(run):
+    import torch
+    began = time.time()
+    step, flops, params, peak = (ours if run["who"] == "ours" else reference)(run)
+    loss = step(); torch.cuda.synchronize()
+    first = time.time() - began
+    step(); torch.cuda.synchronize()
+    seconds = []
+    for _ in range(run["steps"]):
+        t = time.perf_counter(); loss = step(); torch.cuda.synchronize(); seconds.append(time.perf_counter() - t)
+    rate, mem = BATCH / statistics.median(seconds), torch.cuda.max_memory_allocated() / 1e9
+    kinds, top = kinds_of_time(step)
+    for t in top: print(*t, file=sys.stderr)
+    micro = BATCH // T // run["rows"]
+    print(json.dumps(dict(run, tok_per_s=round(rate), mfu=round(rate * flops / 989e12, 4), of_measured_peak=round(rate * flops / peak, 4),
+                          params=params, memory_gb=round(mem, 1), first_step_s=round(first, 1), loss=round(loss, 3),
+                          ms_per_micro=round(1000 * statistics.median(seconds) / micro, 1),
+                          kinds={k: round(v / micro, 1) for k, v in kinds.items()})))
+
+def table(rows):
+    print("| run | parameters | tokens/s | MFU of 989 TFLOP/s | memory GB | first step s | ms a micro-batch: whole | products | attention | loss | other |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    for r in rows:
+        k = r["kinds"]
+        print(f"| {r['name']} | {r['params'] / 1e6:.0f}M | {r['tok_per_s']:,} | {r['mfu']:.1%} | {r['memory_gb']} | {r['first_step_s']} | {r['ms_per_micro']} | "
+              + " | ".join(str(k.get(n, 0)) for n in ("products", "attention", "loss", "other")) + " |")
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--reference", default=""); ap.add_argument("--runs", nargs="*", default=list(RUNS)); ap.add_argument("--steps", type=int, default=8)
+    ap.add_argument("--out", default=""); ap.add_argument("--one")
+    a = ap.parse_args()
+    if a.one: return one(json.loads(a.one))
+    rows = []
+    for name in a.runs:
+        run = dict(RUNS[name], name=name, path=a.reference, steps=a.steps if RUNS[name]["depth"] < 16 else max(3, a.steps // 2))
+        if run["who"] == "reference" and not a.reference: continue
+        done = subprocess.run([sys.executable, __file__, "--one", json.dumps(run)], capture_output=True, text=True,
+                              env=os.environ | run.get("env", {}))
+        print(f"--- {name}\n{done.stderr[-2600:]}", file=sys.stderr, flush=True)
+        if done.returncode: continue
+        rows.append({k: v for k, v in json.loads(done.stdout.splitlines()[-1]).items() if k != "path"})
+        if a.out: Path(a.out).open("a").write(json.dumps(rows[-1]) + "\n")
+    table(rows)
+
+if __name__ == "__main__": main()
