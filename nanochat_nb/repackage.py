@@ -147,10 +147,10 @@ class Stream:
 
 # %% ../nbs/00d_repackage.ipynb #44bfd606
 def _pieces(s: Stream, size: int = 1 << 15) -> Iterator[pa.Table]:
-    "The tables of a stream in pieces of about `size` characters, counted; an empty one after every round."
+    "The tables of a stream in pieces of at most about `size` characters, counted; an empty one after every round."
     for t in s.tables:
-        chars = pc.sum(pc.utf8_length(t["text"])).as_py() or 0
-        rows = max(1, t.num_rows * size // max(chars, 1))
+        chars = pc.sum(pc.utf8_length(t["text"])).as_py() or 1
+        rows = max(1, t.num_rows * min(size, 1024 + s.got // 64) // chars)          # small at first, for exact shares
         for i in range(0, t.num_rows, rows):
             piece = t.slice(i, min(rows, s.count - s.rows) if s.count else rows)
             s.rows += piece.num_rows

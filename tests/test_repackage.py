@@ -128,7 +128,7 @@ def test_weights_are_shares_of_characters(tmp_path, en, stop):
     r, size = read(folder), {l: sum(map(len, BY_LANG[l])) for l in BY_LANG}
     got = {l: r[f"{l}.parquet", ""] for l in size}
     total = sum(x["got"] for x in got.values())
-    assert abs(got["en"]["got"] - en * total) < 2 * 33_000                                          # pieces of 32,768 characters
+    assert abs(got["en"]["got"] - en * total) < 0.03 * total
     assert sum(s["characters"] for s in read_manifest(folder)["shards"]) == total
     whole = max(got, key=lambda l: size[l] / {"en": en, "zh": 1 - en}[l]) if stop == "last" else min(got, key=lambda l: size[l] / {"en": en, "zh": 1 - en}[l])
     assert got[whole]["got"] == size[whole] and got[whole]["rounds"] == 1
@@ -154,13 +154,13 @@ def test_the_dial_of_languages(tmp_path, zh):
         chars = Counter()
         for p in (*shard_paths(folder, "train"), *shard_paths(folder, "val")):
             for d in read_documents(p): chars[d["lang"]] += len(d["text"])
-        assert abs(chars["zh"] - zh * sum(chars.values())) < 2 * 33_000, (chars, source)
+        assert abs(chars["zh"] - zh * sum(chars.values())) < 0.03 * sum(chars.values()), (chars, source)
 
 
 def test_what_cannot_be_done_is_said_and_nothing_is_left(tmp_path):
     a = write(tmp_path / "a/a.parquet", [f"document number {i}" for i in range(500)])
     for text, kw in (("expected both", dict(source="")), ("expected both", dict(out="")), ("did you mean 'first'", dict(stop="frist")), ("a share, 0 … 1", dict(zh=1.5)),
-                     ("holds no zh text", dict(zh=0.5)), ("give the sources weights", dict(source=f"{a}@5", zh=0.5)), ("all fell to one split", dict(source=f"{a}@3")),
+                     ("holds no zh text", dict(zh=0.5)), ("give the sources weights", dict(source=f"{a}@5", zh=0.5)), ("all fell to one split", dict(source=f"{a}@1")),
                      ("no known source", dict(source="/no/such")), ("the same for every source", dict(source=f"{a}:1,{a}")), ("pile_mb=0", dict(pile_mb=0)),
                      ("is itself a source", dict(out=str(tmp_path / "a"))), ("holds no manifest.json; name a new folder", dict(out=str(tmp_path)))):
         says(text, repackage, settings(tmp_path, a, **kw))
