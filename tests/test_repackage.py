@@ -159,14 +159,15 @@ def test_the_dial_of_languages(tmp_path, zh):
 
 def test_what_cannot_be_done_is_said_and_nothing_is_left(tmp_path):
     a = write(tmp_path / "a/a.parquet", [f"document number {i}" for i in range(500)])
+    (tmp_path / "mine").mkdir(); (tmp_path / "mine/diary.txt").write_text("dear")
     for text, kw in (("expected both", dict(source="")), ("expected both", dict(out="")), ("did you mean 'first'", dict(stop="frist")), ("a share, 0 … 1", dict(zh=1.5)),
                      ("holds no zh text", dict(zh=0.5)), ("give the sources weights", dict(source=f"{a}@5", zh=0.5)), ("all fell to one split", dict(source=f"{a}@1")),
                      ("no known source", dict(source="/no/such")), ("the same for every source", dict(source=f"{a}:1,{a}")), ("pile_mb=0", dict(pile_mb=0)),
-                     ("is itself a source", dict(out=str(tmp_path / "a"))), ("holds no manifest.json; name a new folder", dict(out=str(tmp_path)))):
+                     ("is itself a source", dict(out=str(tmp_path / "a"))), ("holds no manifest.json; name a new folder", dict(out=str(tmp_path / "mine")))):
         says(text, repackage, settings(tmp_path, a, **kw))
     pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "null.parquet")
     says("null.parquet row 2: 'text' is NoneType", repackage, settings(tmp_path, tmp_path / "null.parquet"))
-    assert sorted(p.name for p in tmp_path.iterdir() if p.name[0] != ".") == ["a", "null.parquet"] and a.exists()
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name[0] != ".") == ["a", "mine", "null.parquet"] and a.exists() and (tmp_path / "mine/diary.txt").exists()
 
 
 def test_an_error_in_the_middle_keeps_the_older_shards(tmp_path, monkeypatch):
