@@ -126,22 +126,22 @@ def read_documents(
         if text.strip(): yield {"text": text, "lang": lang if lang in ("zh", "en") else lang_of(text)}
 
 # %% ../nbs/00_data.ipynb #7962734d
-_LETTER = np.array([chr(b).isalpha() and b < 128 for b in range(256)])
-
 def langs_of(
     texts: pa.Array,  # strings, no nulls
 ) -> pa.Array:        # "zh" or "en" of each
     "`lang_of` of a whole column."
     head = pc.utf8_slice_codeunits(texts.cast(pa.string()), 0, 2000)
-    raw, ends = np.frombuffer(head.buffers()[2] or b"", np.uint8), np.frombuffer(head.buffers()[1], np.int32)
-    def count(hits):
-        upto = np.concatenate([[0], np.cumsum(hits, dtype=np.int32)])
-        return np.diff(upto[ends[head.offset : head.offset + len(head) + 1]])
-    chars, size = (f(head).to_numpy() for f in (pc.utf8_length, pc.binary_length))
-    han = count((raw >= 0xE5) & (raw <= 0xE9))                    # first bytes of U+5000 … U+9FFF, all of them Han
-    zh = (han > 0) & (han >= 0.2 * chars)                         # no fewer Han, no more letters: surely Chinese
-    en = (size == chars) | (size - chars < 0.4 * count(_LETTER[raw]))   # Han has two bytes more each: surely not
-    for i in np.flatnonzero(~zh & ~en): zh[i] = lang_of(texts[int(i)].as_py()) == "zh"
+    raw, ends = np.frombuffer(head.buffers()[2] or b"", np.uint8), np.frombuffer(head.buffers()[1], np.int32).tolist()
+    chars, size = (f(head).to_pylist() for f in (pc.utf8_length, pc.binary_length))
+    zh = np.zeros(len(head), bool)
+    for i, (n, more) in enumerate((n, m - n) for n, m in zip(chars, size)):
+        if not more: continue                                       # pure ASCII is "en"
+        b = raw[ends[head.offset + i] : ends[head.offset + i + 1]]
+        han = np.count_nonzero((b - 0xE5) < 5) if more >= 0.4 * n else 0   # first bytes of U+5000 … U+9FFF, all Han
+        zh[i] = 0 < han >= 0.2 * n                                  # no fewer Han, no more letters: surely Chinese
+        letters = 0 if zh[i] else np.count_nonzero(((b | 32) - 97) < 26)    # of ASCII
+        if zh[i] or more < 0.4 * letters: continue                  # a Han character has 2 bytes more: surely not
+        zh[i] = 0 < han >= 0.2 * (n - np.count_nonzero(b < 128) + letters) or lang_of(texts[i].as_py()) == "zh"
     return pc.if_else(pa.array(zh), "zh", "en")
 
 # %% ../nbs/00_data.ipynb #8eb8e3e4
@@ -153,7 +153,8 @@ def _column_table(texts: pa.Array, lang: pa.Array | None) -> pa.Table:
     if lang is None or not pc.all(known).as_py():
         seen = langs_of(texts)
         lang = seen if lang is None else pc.if_else(known, lang, seen)
-    return pa.table({"text": texts.cast(pa.string()), "lang": lang.cast(pa.string())}).filter(keep)
+    table = pa.table({"text": texts.cast(pa.string()), "lang": lang.cast(pa.string())})
+    return table if pc.all(keep).as_py() else table.filter(keep)
 
 
 # %% ../nbs/00_data.ipynb #ac99de84
