@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['TEXT_COLUMNS', 'SCHEMA', 'HUBS', 'SOURCES', 'lang_of', 'read_documents', 'langs_of', 'text_tables', 'choose_val',
-           'write_tables', 'write_shards', 'read_manifest', 'shard_paths', 'iter_texts', 'verify', 'read_conversations',
-           'DataSettings', 'source_files', 'source_folder', 'prepare', 'find_data', 'repair', 'DataFlags',
-           'source_items', 'main']
+           'write_tables', 'write_shards', 'read_manifest', 'shard_paths', 'iter_texts', 'read_row', 'browse', 'verify',
+           'read_conversations', 'DataSettings', 'source_files', 'source_folder', 'prepare', 'find_data', 'repair',
+           'DataFlags', 'source_items', 'main']
 
 # %% ../nbs/00_data.ipynb #c44be8a5
-import csv, fcntl, hashlib, json, math, os, random, re, shutil, time
+import csv, fcntl, hashlib, html, json, math, os, random, re, shutil, time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -291,6 +291,34 @@ def iter_texts(
     for path in shard_paths(folder, split):
         for d in read_documents(path):
             if not lang or d["lang"] == lang: yield d["text"]
+
+# %% ../nbs/00_data.ipynb #d85cabfd
+def read_row(path: str | Path, row: int) -> dict:   # {"text", "lang"}
+    "One document of a shard, of which only the row group is read."
+    with _parquet(Path(path), TEXT_COLUMNS) as f:
+        n = f.metadata.num_rows
+        if not 0 <= row < n: raise NanochatError(f"{path} has {n:,} rows, the first is 0; there is no row {row}")
+        starts = np.cumsum([0] + [f.metadata.row_group(g).num_rows for g in range(f.num_row_groups)])
+        g = int(np.searchsorted(starts, row, "right")) - 1
+        d = f.read_row_group(g).slice(row - starts[g], 1).to_pylist()[0]
+    text = d.get("text", d.get("content"))
+    return {"text": text, "lang": d.get("lang") or lang_of(text)}
+
+
+# %% ../nbs/00_data.ipynb #2360208b
+def browse(folder: str | Path):
+    "A widget that shows any document of a prepared folder, with its language and length."
+    import ipywidgets as w
+    shards = {f"{s['name']} {s['split']}": s for s in read_manifest(folder)["shards"]}
+    shard, row, out = w.Dropdown(options=list(shards)), w.BoundedIntText(description="row"), w.HTML()
+    def show(_=None):
+        row.max = shards[shard.value]["rows"] - 1
+        d = read_row(Path(folder) / shards[shard.value]["name"], row.value)
+        head = f"<b>{d['lang']}, {len(d['text']):,} characters</b>"
+        out.value = f"{head}<pre style='white-space: pre-wrap'>{html.escape(d['text'][:5000])}</pre>"
+    for x in (shard, row): x.observe(show, "value")
+    show()
+    return w.VBox([w.HBox([shard, row]), out])
 
 # %% ../nbs/00_data.ipynb #fabea760
 def _damage(folder: Path, s: dict, quick: bool = False) -> str:

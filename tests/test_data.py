@@ -134,6 +134,19 @@ def test_conversations(tmp_path):
     says("holds no conversation", read)
 
 
+def test_any_row_of_a_shard_can_be_looked_at(tmp_path):
+    pq.write_table(pa.table({"content": [f"第{i}篇 <b>" for i in range(25)]}), tmp_path / "a.parquet", row_group_size=10)
+    assert [read_row(tmp_path / "a.parquet", i) for i in range(25)] == list(read_documents(tmp_path / "a.parquet"))
+    for i in (-1, 25): says("has 25 rows, the first is 0", read_row, tmp_path / "a.parquet", i)
+    write_shards([{"text": f"<script>{i}"} for i in range(2000)], tmp_path / "s", source="x")
+    window = browse(tmp_path / "s")
+    (pick, row), shown = window.children[0].children, window.children[1]
+    row.value = 1500
+    assert "&lt;script&gt;" in shown.value and read_row(shard_paths(tmp_path / "s", "train")[0], 1500)["text"][8:] in shown.value
+    pick.value = pick.options[-1]                                    # fewer rows there: the last one is shown
+    assert row.value == read_manifest(tmp_path / "s")["shards"][-1]["rows"] - 1
+
+
 # ---- split and shards
 
 def test_split_sizes():
