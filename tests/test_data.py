@@ -1,9 +1,10 @@
 "Data: bad input, faults of the network, kills and interrupts, what does not read well in the chapter."
-import dataclasses, errno, json, os, random, signal, subprocess, sys, time
+import csv, dataclasses, errno, json, os, random, signal, subprocess, sys, tempfile, threading, time
 from collections import Counter
 from pathlib import Path
 import pyarrow as pa, pyarrow.parquet as pq, pytest
-from nanochat_nb import data, world
+from hypothesis import given, settings as settings_, strategies as st
+from nanochat_nb import data, fetch, world
 from nanochat_nb.data import *
 from nanochat_nb.settings import NanochatError, read_json
 from test_fetch import hurry, start_hub
@@ -59,14 +60,44 @@ def test_bad_documents(tmp_path):
     says("line 2: not valid JSON", read, doc("b.jsonl", '{"text": "a"}\n{"text": '))
     says("line 1: holds half a surrogate", read, doc("s.jsonl", '{"text": "\\ud800"}'))
     says("line 2: not UTF-8", read, doc("g.txt", "好\n".encode() + "好".encode("gb18030")))
-    says("expected a name that ends in", read, doc("x.csv", "a"))
+    says("expected a name that ends in", read, doc("x.doc", "a"))
+    says("line 3: 'text' is NoneType", read, doc("x.csv", "id,text\n1,a\n2"))
+    says("x.csv line 2: not UTF-8", read, doc("x.csv", b"text\n" + "好".encode("gb18030")))
     pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "null.parquet")
     says("row 2: 'text' is NoneType", read, tmp_path / "null.parquet")
-    pq.write_table(pa.table({"content": ["a"]}), tmp_path / "col.parquet")
-    says("no column 'text' (its columns: content)", read, tmp_path / "col.parquet")
+    says("row 2: 'text' is NoneType", lambda p: list(text_tables(p)), tmp_path / "null.parquet")
+    pq.write_table(pa.table({"body": ["a"]}), tmp_path / "col.parquet")
+    says("no column 'text' (its columns: body)", read, tmp_path / "col.parquet")
+    not_utf8 = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")])
+    pq.write_table(pa.table({"text": not_utf8}), tmp_path / "utf.parquet")
+    says("utf.parquet is damaged or cut short (Invalid UTF8", lambda p: list(text_tables(p)), tmp_path / "utf.parquet")
     says("damaged or cut short", read, doc("cut.parquet", (tmp_path / "null.parquet").read_bytes()[:100]))
     says("damaged or cut short", read, doc("none.parquet", b""))
     says("is missing", read, tmp_path / "gone.parquet")
+
+
+def test_four_kinds_of_file_and_whole_columns_say_the_same(tmp_path):
+    texts = ["第一篇，\n带引号\"的", "second, one", "三\u3000\r\n", "\u3000\x1c\n", "", "tail"]
+    with open(tmp_path / "a.csv", "w", encoding="utf-8", newline="") as f: csv.writer(f).writerows([["id", "content"], *enumerate(texts)])
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"content": t}) for t in texts))
+    pq.write_table(pa.table({"content": pa.array(texts, pa.large_string()), "n": range(6)}), tmp_path / "a.parquet")
+    for kind in ("csv", "jsonl", "parquet"):
+        got = list(read_documents(tmp_path / f"a.{kind}"))
+        assert [d["text"] for d in got] == [t for t in texts if t.strip()], kind
+        assert pa.concat_tables(text_tables(tmp_path / f"a.{kind}")).to_pylist() == got
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8"), max_size=30) | st.text("好的abcÉ，。①ア한𠀀 1", max_size=60), max_size=8))
+@settings_(derandomize=True, max_examples=150, deadline=None)
+def test_languages_of_a_column_are_those_of_its_texts(texts):
+    assert langs_of(pa.array(texts, pa.string())).to_pylist() == [lang_of(t) for t in texts]
+    spaced = pa.array(["x", *texts], pa.string())
+    assert langs_of(spaced.slice(1)).to_pylist() == [lang_of(t) for t in texts]
+
+
+def test_blank_is_what_python_calls_blank():
+    every = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
+    assert data._column_table(pa.array(every), None)["text"].to_pylist() == [c for c in every if c.strip()]
 
 
 def test_bom_and_empty_lines(tmp_path):
@@ -103,6 +134,19 @@ def test_conversations(tmp_path):
     says("holds no conversation", read)
 
 
+def test_any_row_of_a_shard_can_be_looked_at(tmp_path):
+    pq.write_table(pa.table({"content": [f"第{i}篇 <b>" for i in range(25)]}), tmp_path / "a.parquet", row_group_size=10)
+    assert [read_row(tmp_path / "a.parquet", i) for i in range(25)] == list(read_documents(tmp_path / "a.parquet"))
+    for i in (-1, 25): says("has 25 rows, the first is 0", read_row, tmp_path / "a.parquet", i)
+    write_shards([{"text": f"<script>{i}"} for i in range(2000)], tmp_path / "s", source="x")
+    window = browse(tmp_path / "s")
+    (pick, row), shown = window.children[0].children, window.children[1]
+    row.value = 1500
+    assert "&lt;script&gt;" in shown.value and read_row(shard_paths(tmp_path / "s", "train")[0], 1500)["text"][8:] in shown.value
+    pick.value = pick.options[-1]                                    # fewer rows there: the last one is shown
+    assert row.value == read_manifest(tmp_path / "s")["shards"][-1]["rows"] - 1
+
+
 # ---- split and shards
 
 def test_split_sizes():
@@ -136,11 +180,11 @@ def test_any_unicode_survives(tmp_path):
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 def test_interrupt_or_full_disk_leaves_the_old_folder(tmp_path, monkeypatch, error):
     m = write_shards(DOCS, tmp_path / "a", source="x", chars_per_shard=20_000)
-    real = pq.write_table
-    def fails(table, path, **kw):
+    real = pq.ParquetWriter
+    def fails(path, *args, **kw):
         if "00002" in str(path): raise error
-        real(table, path, **kw)
-    monkeypatch.setattr(pq, "write_table", fails)
+        return real(path, *args, **kw)
+    monkeypatch.setattr(pq, "ParquetWriter", fails)
     for name in ("a", "new"):
         with pytest.raises(NanochatError if isinstance(error, OSError) else KeyboardInterrupt) as e:
             write_shards(DOCS, tmp_path / name, source="x", chars_per_shard=20_000)
@@ -155,6 +199,27 @@ def test_verify_names_every_problem(tmp_path):
     raw = bytearray(p[0].read_bytes()); raw[50] ^= 1; p[0].write_bytes(raw)
     p[1].write_bytes(p[1].read_bytes()[:500]); p[2].unlink()
     assert [x.split(":")[1].split()[0] for x in verify(tmp_path / "a")] == ["altered", "500", "missing"]
+
+
+@given(st.data())
+@settings_(derandomize=True, max_examples=60, deadline=None)
+def test_no_flipped_byte_escapes(drawn):
+    with tempfile.TemporaryDirectory() as tmp:
+        m = write_shards(DOCS[:40], Path(tmp) / "a", source="x", chars_per_shard=8_000)
+        shard = drawn.draw(st.sampled_from(m["shards"]))
+        raw, at = bytearray((Path(tmp) / "a" / shard["name"]).read_bytes()), drawn.draw(st.integers(0, shard["bytes"] - 1))
+        raw[at] ^= drawn.draw(st.integers(1, 255))
+        (Path(tmp) / "a" / shard["name"]).write_bytes(raw)
+        assert verify(Path(tmp) / "a") == [f"{shard['name']}: altered (its sha256 is not the manifest's)"]
+
+
+@given(st.lists(st.text("abc好的 ", min_size=1, max_size=6), min_size=2, max_size=40), st.integers(0, 3))
+@settings_(derandomize=True, max_examples=60, deadline=None)
+def test_splits_never_share_a_text(texts, seed):
+    docs = [{"text": t, "lang": lang_of(t)} for t in texts]
+    held = choose_val(docs, seed)
+    assert not {t for t, v in zip(texts, held) if v} & {t for t, v in zip(texts, held) if not v}
+    assert dict(zip(texts, held)) == dict(zip(texts[::-1], choose_val(docs[::-1], seed)[:: 1]))      # whatever the order
 
 
 # ---- prepare
@@ -176,7 +241,7 @@ def test_folder_source(tmp_path, monkeypatch):
     prepare(cfg); assert os.stat(folder / "manifest.json").st_mtime_ns > stamp                     # an input changed
     assert prepare(dataclasses.replace(cfg, source=str(folder))) == folder                         # shards made elsewhere
     assert prepare(dataclasses.replace(cfg, source="en/a.jsonl")).name.startswith("a-")
-    says("holds no .parquet, .jsonl or .txt", prepare, dataclasses.replace(cfg, source="en,empty"))
+    says("holds no .parquet, .jsonl, .txt, .csv", prepare, dataclasses.replace(cfg, source="en,empty"))
     says("source is empty", prepare, dataclasses.replace(cfg, source=""))
     Path("zh/d.parquet").write_bytes(Path("zh/d.parquet").read_bytes()[:300])
     says("d.parquet is damaged or cut short", prepare, cfg)
@@ -260,6 +325,100 @@ def test_unknown_shards_and_endpoints(hub, tmp_path):
     says("HTTP 404", prepare, settings(hub, tmp_path, n_shards=10))            # the hub lacks shard 4
     m = read_manifest(tmp_path / "base_data/fineweb-edu")                      # what came is kept
     assert verify(tmp_path / "base_data/fineweb-edu") == [] and m["shards"][-1]["split"] == "val"
+
+
+def test_the_validation_shard_is_named_and_each_shard_is_entered_as_it_comes(hub, tmp_path):
+    hub.files |= {f"shard_{i:05d}.parquet": hub.files["shard_00002.parquet"] for i in range(4, 12)}
+    folder, hub.delay, seen = tmp_path / "base_data/fineweb-edu", 0.05, []
+    work = threading.Thread(target=prepare, args=[settings(hub, tmp_path, n_shards=12, workers=2)])
+    work.start()
+    while work.is_alive():
+        if (folder / "manifest.json").exists(): seen.append([(s["name"][6:11], s["split"]) for s in read_manifest(folder)["shards"]])
+        time.sleep(0.01)
+    assert len({len(s) for s in seen}) > 3 and all(s[-1] == ("01822", "val") for s in seen)
+    prepare(settings(hub, tmp_path, n_shards=2, endpoint="http://127.0.0.1:9"))
+
+
+def test_two_processes_share_a_download(hub, tmp_path):
+    hub.slow = 0.002
+    args = [sys.executable, "-m", "nanochat_nb.data", "--source", "fineweb-edu", "--n_shards", "3", "--endpoint", hub.address, "--base_dir", str(tmp_path)]
+    runs = [subprocess.Popen(args, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [r.wait(60) for r in runs] == [0] * 3 and len({r.stdout.read() for r in runs}) == 1
+    folder = tmp_path / "base_data/fineweb-edu"
+    assert verify(folder) == [] and sorted(os.listdir(folder)) == ["manifest.json"] + [f"shard_{i:05d}.parquet" for i in (0, 1, 2, 1822)]
+    assert hub.sent == {p.name: p.stat().st_size for p in folder.glob("*.parquet")}
+
+
+def test_verify_names_and_repair_fetches_just_those(hub, tmp_path):
+    args = ["--source", "fineweb-edu", "--n_shards", 3, "--endpoint", hub.address, "--base_dir", tmp_path]
+    folder = prepare(settings(hub, tmp_path))
+    before = {p.name: p.read_bytes() for p in folder.glob("*.parquet")}
+    a, b, c = shard_paths(folder, "train")
+    a.unlink(); b.write_bytes(b.read_bytes()[:100]); raw = bytearray(c.read_bytes()); raw[77] ^= 8; c.write_bytes(raw)
+    run = cli("--verify", *args)
+    assert run.returncode == 2 and run.stderr.count(".parquet") == 3 and "--repair" in run.stderr
+    hub.asked.clear()
+    run = cli("--repair", *args)
+    assert run.returncode == 0 and run.stdout.count("mended shard_0000") == 3, run.stderr
+    assert sorted(n for n, _, _ in hub.asked) == [p.name for p in (a, b, c)]
+    assert {p.name: p.read_bytes() for p in folder.glob("*.parquet")} == before and cli("--verify", *args).returncode == 0
+    hub.files[a.name] = hub.files[b.name]; a.unlink()                          # the hub has another file there now
+    says("not what the manifest told", repair, settings(hub, tmp_path))
+
+
+def test_repair_makes_again_what_was_made_here_and_says_what_it_cannot(tmp_path):
+    cfg = DataSettings(base_dir=str(tmp_path), n_people=20, n_chars=30_000)
+    folder = prepare(cfg)
+    m = read_manifest(folder)
+    shard_paths(folder, "train")[0].write_bytes(b"")
+    says("made elsewhere, by other settings", repair, dataclasses.replace(cfg, n_chars=40_000))
+    assert [p.split(":")[0] for p in repair(cfg)] == ["shard_00000.parquet"] and verify(folder) == [] and read_manifest(folder) == m
+    assert repair(cfg) == []
+    shard_paths(folder, "val")[0].unlink()
+    says("copy them anew", repair, DataSettings(source=str(folder), base_dir=str(tmp_path)))
+    run = cli("--verify", "--source", folder, "--base_dir", tmp_path)
+    assert run.returncode == 2 and "shard_00001.parquet: missing" in run.stderr
+
+
+def test_preflight_of_a_recipe_of_several_sources(hub, tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    def run(source, n=3): return cli("--preflight", "--source", source, "--n_shards", n, "--endpoint", hub.address, "--base_dir", tmp_path)
+    ok = run(f"world,fineweb-edu,{tmp_path}/a.txt")
+    assert json.loads(ok.stdout) == {"files": 4, "bytes": sum(len(hub.files[f"shard_{i:05d}.parquet"]) for i in (0, 1, 2, 1822))}, ok.stderr
+    bad = run("fineweb-edu,wiki-zh,ultra-fineweb-zh")
+    assert bad.returncode == 2 and "8 of 12 files cannot be reached" in bad.stderr and len(bad.stderr.splitlines()) == 1
+    assert "20231101.zh/train-00005-of-00006.parquet: HTTP 404" in bad.stderr and "zh-part-256-of-256.parquet: HTTP 404" in bad.stderr
+    assert "no known source" in run("fineweb-edu,/no/such").stderr and hub.asked == []
+
+
+def test_raw_sets_are_spread_renamed_and_held_out_by_name(hub, tmp_path, monkeypatch):
+    for i in range(6):
+        out = pa.BufferOutputStream()
+        pq.write_table(pa.table({"title": ["t"] * 30, "content": [f"第{i}片第{j}篇。" if j else "  " for j in range(30)]}), out)
+        hub.files[f"train-{i:05d}-of-00006.parquet"] = out.getvalue().to_pybytes()
+    cfg = settings(hub, tmp_path, source="wiki-zh", n_shards=2)
+    folder = prepare(cfg)
+    assert [(s["name"][6:11], s["split"], s["rows"]) for s in read_manifest(folder)["shards"]] == [("00000", "train", 29), ("00003", "train", 29), ("00005", "val", 29)]
+    assert sorted(os.listdir(folder))[-2:] == ["shard_00003.parquet", "shard_00005.parquet"] and not (folder / "raw").exists()
+    assert next(iter_texts(folder, "val")) == "第5片第1篇。" and set(pq.read_table(shard_paths(folder, "val")[0])["lang"].to_pylist()) == {"zh"}
+    hub.asked.clear(); prepare(dataclasses.replace(cfg, n_shards=4))
+    assert sorted(n[:11] for n, _, _ in hub.asked) == ["train-00001", "train-00004"]        # those before are kept
+    shard_paths(folder, "train")[1].unlink()
+    assert len(repair(cfg)) == 1 and verify(folder) == []
+    args = [sys.executable, "-m", "nanochat_nb.data", "--source", "wiki-zh", "--n_shards", "5", "--endpoint", hub.address, "--base_dir", str(tmp_path / "two")]
+    runs = [subprocess.Popen(args, cwd=ROOT, stdout=subprocess.PIPE) for _ in range(2)]
+    assert [r.wait(60) for r in runs] == [0, 0] and verify(tmp_path / "two/base_data/wiki-zh") == []
+
+
+def test_where_from_is_one_switch_hub_modelscope_or_folder(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "MODELSCOPE", hub.address)
+    made = [prepare(settings(hub, tmp_path / "ms", endpoint="modelscope", n_shards=1))]
+    copied = tmp_path / "usb/datasets/karpathy/fineweb-edu-100b-shuffle"
+    copied.mkdir(parents=True)
+    for i in (0, 1822): (copied / f"shard_{i:05d}.parquet").write_bytes(hub.files[f"shard_{i:05d}.parquet"])
+    made.append(prepare(settings(hub, tmp_path / "usb2", endpoint=str(tmp_path / "usb"), n_shards=1)))
+    assert read_manifest(made[0])["shards"] == read_manifest(made[1])["shards"] and hub.asked
+    says("shard_00001.parquet is not there; copy it", prepare, settings(hub, tmp_path / "usb2", endpoint=str(tmp_path / "usb"), n_shards=2))
 
 
 def test_not_parquet_on_the_hub(hub, tmp_path):
