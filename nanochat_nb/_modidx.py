@@ -469,6 +469,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'nanochat_nb.world.conversation': ('world.html#conversation', 'nanochat_nb/world.py'),
                                    'nanochat_nb.world.conversations': ('world.html#conversations', 'nanochat_nb/world.py'),
                                    'nanochat_nb.world.corpus': ('world.html#corpus', 'nanochat_nb/world.py'),
+                                   'nanochat_nb.world.counting': ('world.html#counting', 'nanochat_nb/world.py'),
                                    'nanochat_nb.world.dialogue': ('world.html#dialogue', 'nanochat_nb/world.py'),
                                    'nanochat_nb.world.dictionary': ('world.html#dictionary', 'nanochat_nb/world.py'),
                                    'nanochat_nb.world.documents': ('world.html#documents', 'nanochat_nb/world.py'),
