@@ -14,10 +14,8 @@ from . import data
 from .settings import NanochatError, atomic_path, base_folder, run_main
 
 # %% ../nbs/04a_convert.ipynb #62071762
-def from_instruction(
-    row: dict,    # instruction, output; input, system and history ([[question, answer], …]) may be absent
-) -> list[dict]:  # messages
-    "A row of Alpaca's or Belle's form."
+def from_instruction(row: dict) -> list[dict]: # messages
+    "A row of Alpaca's or Belle's form; input, system and history ([[question, answer], …]) may be absent."
     turns = [t for pair in row.get("history") or [] for t in pair]
     turns += ["\n".join(t for t in (row["instruction"], row.get("input")) if t), row["output"]]
     system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
@@ -26,9 +24,7 @@ def from_instruction(
 # %% ../nbs/04a_convert.ipynb #b86c5bd4
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
-def from_sharegpt(
-    row: dict,    # conversations: [{"from", "value"}, …]
-) -> list[dict]:  # messages
+def from_sharegpt(row: dict) -> list[dict]: # messages
     "A row of ShareGPT's form, without an assistant's opening and an unanswered end."
     turns = [{"role": _ROLES.get(t["from"], t["from"]), "content": t["value"]} for t in row["conversations"]]
     system = turns[:1] if turns and turns[0]["role"] == "system" else []
@@ -38,11 +34,8 @@ def from_sharegpt(
     return system + turns
 
 # %% ../nbs/04a_convert.ipynb #31fdc61f
-def to_conversation(
-    row,         # an object of any of the three forms, or a line of JSON
-    where: str,  # its place, for the error
-) -> dict:       # {"messages"}
-    "A row as a checked conversation."
+def to_conversation(row, where: str) -> dict: # {"messages"}
+    "A row of any of the three forms, an object or a line of JSON, checked; `where` is its place for the error."
     try:
         row = json.loads(row) if isinstance(row, str) else row
         if not isinstance(row, dict): raise NanochatError(f"{where}: expected an object, found {type(row).__name__}")
@@ -118,17 +111,15 @@ def make(cfg: ConvertSettings) -> dict: # folder and counts
     return dict(folder=str(folder), bad=len(bad)) | {k: len(v) for k, v in parts.items()}
 
 # %% ../nbs/04a_convert.ipynb #348cca74
-def parse_mix(
-    text: str,          # world and files separated by commas: a.jsonl, a.jsonl:500, a.jsonl:max500, a.jsonl:0.7
-) -> list[tuple]:       # (name, "all" | "count" | "max" | "weight", number)
-    "What a mixture asks of each set."
+def parse_mix(text: str) -> list[tuple]: # (name, "all" | "count" | "max" | "weight", number)
+    "What a mixture such as `world,a.jsonl:500,b.jsonl:max500,c.jsonl:0.7` asks of each set."
     out = []
     for part in filter(None, map(str.strip, text.split(","))):
         name, sep, n = part.rpartition(":")
         kind = "max" if n.startswith("max") else "weight" if "." in n else "count"
-        try: number = float(n.removeprefix("max"))
-        except ValueError: out.append((part, "all", 0.0)); continue       # a name that holds a colon, or none
-        if not sep: out.append((part, "all", 0.0)); continue
+        try: number = float(n.removeprefix("max")) if sep else None
+        except ValueError: number = None                                  # a name that holds a colon
+        if number is None: out.append((part, "all", 0.0)); continue
         if number <= 0: raise NanochatError(f"conversations: {part!r} asks for {n}; expected more than 0")
         out.append((name, kind, number))
     return out

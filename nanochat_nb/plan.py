@@ -18,11 +18,8 @@ from .model import GPTConfig, config_from_depth, count_params, memory_bytes
 from .optim import plan as sizes_of
 
 # %% ../nbs/02d_plan.ipynb #383e98b7
-def measured_chars(
-    base_dir: str = "",  # base folder
-    source: str = "",    # whose held-out text is read; empty: that of the tokenizer
-) -> dict:               # characters a token: "zh", "en" and "all"; empty where there is no tokenizer or no text
-    "What a token of the tokenizer in place holds, measured on up to 200 held-out documents a language."
+def measured_chars(base_dir: str = "", source: str = "") -> dict: # characters a token: zh, en, all; {}: nothing there
+    "What a token holds, on up to 200 held-out documents a language of `source` (default: the tokenizer's own)."
     folder = base_folder(base_dir) / "tokenizer"
     if not (folder / "meta.json").exists(): return {}
     tok = Tokenizer.load(folder)
@@ -36,23 +33,16 @@ def measured_chars(
 # %% ../nbs/02d_plan.ipynb #4fd97980
 HEADROOM = 1.3  # measured peak over the formula, d12 with 32 rows on one H100
 
-def micro_batch(
-    cfg: GPTConfig,
-    gb: float,       # memory of one GPU, GiB
-    most: int = 64,
-) -> int:            # rows, a power of two; 0 where not even one fits
-    "Most rows of one forward and backward pass that fit a card."
+def micro_batch(cfg: GPTConfig, gb: float, most: int = 64) -> int: # a power of two; 0 where not even one row fits
+    "Most rows of one forward and backward pass that fit a card of `gb` GiB."
     rows = [2**i for i in range(most.bit_length())]
     return max([r for r in rows if HEADROOM * memory_bytes(cfg, r)["total"] <= gb * 2**30], default=0)
 
 # %% ../nbs/02d_plan.ipynb #6d3f1cb3
 DEPTHS, CARDS = (4, 8, 12, 16, 20, 26, 32), (8, 16, 24, 80)  # of the tables; cards in GiB
 
-def tier_table(
-    vocab_size: int = 65536,
-    seq_len: int = 2048,
-) -> list[list]: # of each depth: its name, and rows of a micro-batch on each of CARDS, 0: none
-    "What each class of card can train."
+def tier_table(vocab_size: int = 65536, seq_len: int = 2048) -> list[list]:
+    "Of each depth its name, and the rows of a micro-batch on each of CARDS; 0: none fits."
     return [[f"d{d}", *(micro_batch(config_from_depth(d, vocab_size, seq_len), gb) for gb in CARDS)] for d in DEPTHS]
 
 def table(rows, *heads) -> str:
@@ -68,13 +58,8 @@ GPUS = {  # memory GiB, dense bfloat16 TFLOP/s of the data sheet, dollars an hou
 MFU = 0.41  # measured: d12, one H100, see dev/LOG.md
 CHARS_PER_TOKEN, CHARS_PER_SHARD, BYTES_PER_CHAR = 4.8, 250_000_000, 0.4  # English web text, shards of 100 MB
 
-def hours(
-    flops: float,    # of the whole run
-    n_gpu: int,
-    tflops: float,   # peak of one GPU
-    mfu: float = MFU,
-) -> float:
-    "Hours of training, without evaluation; GPUs are taken to scale without loss."
+def hours(flops: float, n_gpu: int, tflops: float, mfu: float = MFU) -> float:
+    "Hours of a run of `flops`, without evaluation; GPUs are taken to scale without loss."
     return flops / (n_gpu * tflops * 1e12 * mfu) / 3600
 
 # %% ../nbs/02d_plan.ipynb #5dd5ab48
@@ -95,11 +80,8 @@ def expected_loss(n: float, tokens: float) -> float:
     "Nats a token by the fit of Hoffmann et al. (2022); only differences carry over to other data."
     return 1.69 + 406.4 / n**0.34 + 410.7 / tokens**0.28
 
-def worth(
-    wanted: float,  # tokens trained on
-    unique: float,  # different ones among them
-) -> float:         # new tokens that would teach as much
-    "What repeated text is worth: nearly as much as new for four epochs, little after sixteen (Muennighoff 2023)."
+def worth(wanted: float, unique: float) -> float:
+    "New tokens that teach as much as `wanted` ones of which `unique` differ (Muennighoff et al. 2023)."
     repeats = max(0.0, wanted / unique - 1)
     return min(wanted, unique) + unique * 15.39 * (1 - math.exp(-repeats / 15.39))
 
