@@ -58,9 +58,11 @@ class PipelineSettings(CleanSettings):
 
 def executor(cfg: PipelineSettings, step, tasks: int, logs: Path, after=None):
     "One of datatrove's executors for `step`, after another one."
-    try: from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
-    except ImportError: raise NanochatError(f"executor={cfg.executor!r} needs datatrove: pip install "
-                                            "'nanochat-nb[clean]', or take executor='datasets'") from None
+    try:
+        from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
+        if cfg.executor == "ray": import ray
+    except ImportError as e: raise NanochatError(f"executor={cfg.executor!r} needs {e.name}: pip install "
+                             "'nanochat-nb[clean]' (and ray for ray), or take executor='datasets'") from None
     kinds = dict(local=LocalPipelineExecutor, ray=RayPipelineExecutor,
                  slurm=partial(SlurmPipelineExecutor, time=cfg.time, partition=cfg.partition, mem_per_cpu_gb=4))
     return kinds[cfg.executor](pipeline=[step], tasks=tasks, workers=cfg.workers, logging_dir=str(logs), depends=after,

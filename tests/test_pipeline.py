@@ -7,7 +7,7 @@ from nanochat_nb.pipeline import PipelineSettings, clean_many, curriculum
 from nanochat_nb.settings import NanochatError
 
 ROOT = Path(__file__).parents[1]
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 
 @pytest.fixture(scope="module")
 def crawl(tmp_path_factory):
@@ -39,9 +39,11 @@ def test_processes_make_the_bytes_of_one(crawl, tmp_path, kw):
     assert same(tmp_path / "out", crawl / "one") and os.listdir(tmp_path) == ["out"]
     assert report["dropped"]["exact duplicate"] >= 40 and report["dropped"]["near duplicate"] > 0 and report["dropped"]["repeated"] > 0
 
-def test_datatrove_with_two_workers_makes_the_same(crawl, tmp_path):
+@pytest.mark.parametrize("executor", ["local", "ray"])
+def test_datatrove_with_two_workers_makes_the_same(crawl, tmp_path, executor):
     pytest.importorskip("datatrove")
-    code, out, err = command(crawl, tmp_path / "out", "--executor", "local", "--workers", "2", "--tasks", "3")
+    if executor == "ray": pytest.importorskip("ray")
+    code, out, err = command(crawl, tmp_path / "out", "--executor", executor, "--workers", "2", "--tasks", "3")
     assert code == 0, err[-2000:]
     assert same(tmp_path / "out", crawl / "one") and json.loads(out.splitlines()[-1])["kept"] > 100
 
