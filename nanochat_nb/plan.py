@@ -177,6 +177,8 @@ def sheet(cfg: PlanSettings, p: dict) -> str:
                        f"on {p['n_gpu']} {p['gpu']}"),
             ("time", f"{p['hours']:,.2f} h at MFU {cfg.mfu:g}: an assumption (measured: {MFU}, d12, one h100)"),
             ("cost", f"${p['dollars']:,.0f} / ¥{p['yuan']:,.0f} at ${card(cfg)[2]:g} a GPU-hour (yours: --price)")]
+    run = f"--depth {p['depth']} --n_gpu {p['n_gpu']} --device_batch {p['micro_batch']} --ratio {cfg.ratio:g}"
+    if p["micro_batch"]: rows.append(("run", f"python -m nanochat_nb.pretrain {run}"))
     rows += [("disk", f"{p['disk_gb']:g} GB"), *((f"  {k}", f"{v / 1e9:.2f} GB") for k, v in p["disk"].items() if v)]
     return "\n".join([*(f"{k:19} {v}" for k, v in rows), *(f"note: {x}" for x in p["advice"]), "",
                       f"rows of a micro-batch by card, seq_len {cfg.seq_len}",

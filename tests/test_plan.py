@@ -5,7 +5,8 @@ from nanochat_nb.data import DataSettings, prepare, read_manifest
 from nanochat_nb.model import config_from_depth, count_params, memory_bytes
 from nanochat_nb.plan import *
 from nanochat_nb.plan import GPUS, HEADROOM
-from nanochat_nb.settings import NanochatError
+from nanochat_nb.pretrain import PretrainSettings
+from nanochat_nb.settings import from_flags
 from nanochat_nb.tokenizer import TokenizerSettings, prepare_tokenizer
 
 def command(base, *flags):
@@ -46,6 +47,12 @@ def test_what_is_in_place_is_measured(base):
     assert p["there"] == sum(s["characters"] for s in train) and p["shards"] == len(train) == 1
     assert p["disk"]["base_data"] == pytest.approx(sum(s["bytes"] for s in train), rel=1e-6)
     assert p["epochs"] == pytest.approx(p["tokens"] * p["chars_per_token"] / p["there"]) and "times" in p["advice"][-1]
+
+def test_the_command_it_proposes_can_be_typed():
+    cfg = PlanSettings(vocab_size=65536, chars_per_token=4.8, ratio=10)
+    line = next(x for x in sheet(cfg, make_plan(cfg)).splitlines() if x.startswith("run "))
+    made = from_flags(PretrainSettings, line.split("nanochat_nb.pretrain ")[1].split())
+    assert (made.depth, made.n_gpu, made.device_batch, made.ratio) == (20, 8, 16, 10)
 
 def test_a_chinese_tokenizer_needs_less_text():
     zh, en = (make_plan(PlanSettings(base_dir="", vocab_size=65536, chars_per_token=c)) for c in (1.5, 4.8))
