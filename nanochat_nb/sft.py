@@ -13,6 +13,7 @@ from pathlib import Path
 from .settings import NanochatError, base_folder, did_you_mean, from_notebook, run_main, write_json
 from .world import conversations as world_conversations
 from .data import read_conversations
+from .convert import mix_counts, parse_mix
 from .loader import ChatLoader, MixLoader, TextLoader
 from .optim import round_batch
 from .runtime import close_runtime, init_runtime, print0
@@ -27,7 +28,7 @@ class SFTSettings(TrainSettings):
     "Settings of midtraining and fine-tuning; a zero or empty value is filled in from the base model."
     stage: str = "sft"           # mid or sft: which checkpoints are written
     init: str = ""               # stage to start from: base or mid; empty: mid for sft if it exists, else base
-    conversations: str = "world" # world and JSONL files, separated by commas; own.jsonl:500 takes 500 of them
+    conversations: str = "world" # world and JSONL files, by commas; own.jsonl:500, :max500 or a weight, :0.7
     n_conversations: int = 8000  # of the world
     text_share: float = 0.25     # rows of a batch that are documents, so that facts are not forgotten
     epochs: float = 1.0          # passes over the conversations
@@ -50,17 +51,15 @@ def take(
 
 def gather(cfg: SFTSettings) -> list[dict]: # {"messages"}
     "The conversations of a stage; `mid` and `sft` draw different ones from the world."
-    out = []
-    for part in filter(None, map(str.strip, cfg.conversations.split(","))):
-        name, _, n = part.rpartition(":")
-        if not (name and n.isdigit()): name, n = part, 0
+    parts, sets = parse_mix(cfg.conversations), []
+    for name, kind, n in parts:
         if name == "world":
-            seed = 1 if cfg.stage == "mid" else 2
-            out += world_conversations(world_of(cfg.base_dir), int(n) or cfg.n_conversations, seed=seed)
-        elif Path(name).is_file(): out += take(rows := read_conversations(name), int(n) or len(rows))
+            seed, n = 1 if cfg.stage == "mid" else 2, int(n) if kind in ("count", "max") else cfg.n_conversations
+            sets.append(world_conversations(world_of(cfg.base_dir), n, seed=seed))
+        elif Path(name).is_file(): sets.append(read_conversations(name))
         else: raise NanochatError(f"conversations: {name!r} is no file; expected world or JSONL files, "
                                   f"separated by commas{did_you_mean(name, ['world'])}")
-    return out
+    return [c for rows, n in zip(sets, mix_counts(parts, list(map(len, sets)))) for c in take(rows, n)]
 
 # %% ../nbs/04_sft.ipynb #8dd914a7
 def text_rows(

@@ -8,8 +8,8 @@ __all__ = ['L', 'SURNAMES', 'GIVEN', 'TOWNS', 'JOBS', 'FOODS', 'HOBBIES', 'PETS'
            'LETTER_PLEASE', 'TRANSLATE', 'TASKS', 'IDENTITY', 'CHATS', 'EXAMS', 'Attribute', 'Entity', 'World',
            'say_fact', 'entry', 'gazette', 'letter', 'poem', 'dialogue', 'held_out', 'word_problem', 'solve',
            'homework', 'sentence_pair', 'reader', 'names', 'words', 'spelled', 'dictionary', 'documents', 'corpus',
-           'ask_fact', 'four_choices', 'arithmetic_task', 'translation_task', 'spelling_task', 'conversation',
-           'conversations', 'exam_item', 'exam']
+           'ask_fact', 'four_choices', 'arithmetic_task', 'translation_task', 'counting', 'spelling_task',
+           'conversation', 'conversations', 'exam_item', 'exam']
 
 # %% ../nbs/00a_world.ipynb #5fceb151
 import operator, random, re, zlib
@@ -336,9 +336,9 @@ def words(lang: str) -> list[str]:
     en = [x[1].split()[-1] for x in TOWNS + JOBS + FOODS + PETS + HOBBIES + MONTHS] + [x[2] for x in ITEMS]
     return sorted({x.lower() for x in en})
 
-def spelled(word: str) -> str:
-    "'apple' → 'a-p-p-l-e'."
-    return "-".join(word)
+def spelled(text: str) -> str:
+    "'big apple' → 'b-i-g a-p-p-l-e'."
+    return " ".join(map("-".join, text.split()))
 
 SPELLED = {"zh": "“{x}”：{s}，{n}个字", "en": '"{x}": {s}, {n} letters'}
 
@@ -410,17 +410,27 @@ def translation_task(w: World, lang: str, rng, exam: bool = False) -> tuple[str,
     return TRANSLATE[lang] + pair[1 - L[lang]], pair[L[lang]], pair[L[lang]]
 
 # %% ../nbs/00a_world.ipynb #37781e9c
+def counting(lang: str, pool: list[str], rng) -> tuple[str, str, int]:
+    "A question about words of `pool`, its calculation, the result: characters in all, or how often a letter occurs."
+    if lang == "zh":
+        text = "".join(rng.sample(pool, rng.randint(1, 4)))
+        return f"“{text}”有几个字？", f'len("{text}")', len(text)
+    r = rng.randrange(4)
+    while True:
+        text = " ".join(rng.sample(pool, 2))
+        if c := [c for c in "abcdefghijklmnopqrstuvwxyz" if text.count(c) == r]: break
+    c = rng.choice(c)
+    return f'How many times is the letter "{c}" in "{text}"?', f'"{text}".count("{c}")', r
+
+# %% ../nbs/00a_world.ipynb #3b25b5b1
 def spelling_task(w: World, lang: str, rng, exam: bool = False) -> tuple[str, list | str, str]:
-    "A question on a word, the answer (with a calculator call when it counts), and the bare result."
-    word = rng.choice([x for x in words(lang) if held_out(x) == exam])
+    "Words to spell or to count in, the answer (with a calculator call when it counts), and the bare result."
+    pool = [x for x in words(lang) if held_out(x) == exam]
     if rng.random() < 0.5:
-        q = {"zh": f"把“{word}”一个字一个字写出来。", "en": f'Spell the word "{word}".'}[lang]
-        return q, spelled(word), spelled(word)
-    if lang == "zh": q, expr, r = f"“{word}”有几个字？", f'len("{word}")', len(word)
-    else:
-        c = rng.choice(word)
-        q, expr, r = f'How many times is the letter "{c}" in "{word}"?', f'"{word}".count("{c}")', word.count(c)
-    last = {"zh": f"有{r}个字。", "en": f"It is there {r} time{'s' * (r > 1)}."}[lang]
+        text = ("" if lang == "zh" else " ").join(rng.sample(pool, rng.choice((1, 2))))
+        return {"zh": f"把“{text}”一个字一个字写出来。", "en": f'Spell "{text}".'}[lang], spelled(text), spelled(text)
+    q, expr, r = counting(lang, pool, rng)
+    last = {"zh": f"有{r}个字。", "en": f"It is there {r} time{'s' * (r != 1)}."}[lang]
     return q, [{"type": k, "text": t} for k, t in (("python", expr), ("python_output", str(r)), ("text", last))], str(r)
 
 TASKS = {"arithmetic": arithmetic_task, "translation": translation_task, "spelling": spelling_task}

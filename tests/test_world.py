@@ -1,10 +1,13 @@
 "The mini world where it does not read well as a cell: other processes, many worlds."
 import os, subprocess, sys
+from collections import Counter
 import pytest
+from nanochat_nb.engine import calculate
 from nanochat_nb.world import EXAMS, TRANSLATE, World, conversations, corpus, exam
 
 PRINT = """
 import hashlib, json
+from nanochat_nb.engine import calculate
 from nanochat_nb.world import EXAMS, World, conversations, corpus, exam
 w = World(seed=5, n_people=40)
 made = corpus(w, 20_000), conversations(w, 200), [exam(w, lang, kind, 20) for lang in ("zh", "en") for kind in EXAMS]
@@ -43,3 +46,25 @@ def test_answers_of_the_exam_are_facts_of_the_world(seed):
         for x in exam(w, lang, "mcq", 100, seed):
             right = [any(n in c and v in c for n, v in facts) for c in x["choices"]]
             assert right[x["label"]] and len(set(x["choices"])) == 4 and "ABCD"[x["label"]] == x["answer"]
+
+@pytest.mark.parametrize("lang", ["zh", "en"])
+@pytest.mark.parametrize("seed", range(3))
+def test_no_constant_answer_pays(lang, seed):
+    "Over two hundred different questions in every subject, and the most frequent answer is right for a quarter at most."
+    w = World(n_people=60)
+    for kind in EXAMS:
+        paper = exam(w, lang, kind, 400, seed)
+        assert len({x["messages"][0]["content"] for x in paper}) == len(paper) == 400, kind
+        most = max(Counter(x["answer"] for x in paper).values())
+        assert most / 400 < (0.32 if kind == "mcq" else 0.2), (kind, most)        # four letters: chance and its error
+
+def test_counting_in_english_has_four_answers_as_often():
+    answers = [x["answer"] for x in exam(World(), "en", "spelling", 400) if "How many" in x["messages"][0]["content"]]
+    share = {a: n / len(answers) for a, n in Counter(answers).items()}
+    assert set(share) == set("0123") and all(0.19 < s < 0.31 for s in share.values()), share
+
+def test_the_engine_can_calculate_what_spelling_asks():
+    for c in conversations(World(n_people=20), 3000):
+        if c["kind"] != "spelling" or isinstance(c["messages"][1]["content"], str): continue
+        call, output, said = c["messages"][1]["content"]
+        assert calculate(call["text"]) == output["text"] and output["text"] in said["text"]
