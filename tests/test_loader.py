@@ -5,7 +5,8 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 
 from nanochat_nb.data import iter_texts, write_shards
-from nanochat_nb.loader import ChatLoader, DocStream, MixLoader, Packer, TextLoader, eval_batches
+from nanochat_nb.loader import ChatLoader, DocStream, MixLoader, TextLoader, eval_batches
+from nanochat_nb.packing import Packer
 from nanochat_nb.settings import NanochatError
 from nanochat_nb.tokenizer import train_tokenizer
 from nanochat_nb.world import World, conversations, corpus
@@ -74,7 +75,9 @@ def test_other_seeds_and_epochs_give_other_orders(made):
     loader = text(made, batch_rows=1)
     order = {}
     while loader.epoch < 3:
-        for ref, *_ in loader.next_row(): order.setdefault(ref[0], []).append(ref[1:])
+        for place, *_ in loader.next_row():
+            shard, rows = loader.stream.span(place, 1)
+            order.setdefault(place // loader.stream.n_docs, []).append((shard, int(rows[0])))
     assert order[0] != order[1] and loader.epoch == 3
 
 
@@ -83,10 +86,11 @@ def test_every_token_exactly_once_an_epoch(made):
     loader = text(made, batch_rows=1)
     length = {(s, r): len(tok.encode(t)) for s, sh in enumerate(loader.stream.shards)
               for r, t in enumerate(loader.stream.texts(s, list(range(sh["rows"]))))}
-    read = {}
+    read, n_docs = {}, loader.stream.n_docs
     while loader.epoch < 2:
-        for (epoch, *address), ids, first, n in loader.next_row():
-            key = (epoch, *address)
+        for place, ids, first, n in loader.next_row():
+            shard, rows = loader.stream.span(place, 1)
+            key = (place // n_docs, shard, int(rows[0]))
             assert read.get(key, 0) == first        # pieces follow one another
             read[key] = first + n
     for epoch in (0, 1): assert {k: read.get((epoch, *k)) for k in length} == length
@@ -98,7 +102,7 @@ def test_tokens_are_those_of_the_documents(made):
     for _ in range(20):
         x, y = next(loader)
         for r in range(4):
-            row = [i for _, ids, a, n in twin.next_row() for i in (tok.bos_id, *ids[a:a + n])]
+            row = [i for _, ids, a, n in twin.next_row() for i in (tok.bos_id, *ids[1:][a:a + n].tolist())]
             assert x[r].tolist() == row[:-1] and y[r].tolist() == row[1:]
 
 
@@ -112,18 +116,18 @@ def test_packer_loses_nothing(lens, row_len, buffer):
             d, n = todo.pop(0)
             p.add(d, None, n)
         if p.tokens < row_len: break
-        oldest = next(iter(p.items.values()))[0]
+        oldest = p.oldest()
         row = p.row()
         assert row[0][0] == oldest                                # the queue moves
         assert sum(n + 1 for *_, n in row) == row_len             # full, no padding
         for d, _, first, n in row:
             assert first == seen[d] and d not in done             # in order, nothing twice
             seen[d] += n
-            if seen[d] == lens[d] and d not in [i[0] for i in p.items.values()]: done.add(d)
+            if seen[d] == lens[d] and d not in [i[0] for i in p.queue if i[1]]: done.add(d)
         rows += 1
         cut = [d for d, _, first, n in row if first + n < lens[d]]
         assert not cut or cut == [row[-1][0]]                     # a cut only ever ends a row
-    left = {d: lens[d] - offset for d, _, offset, _ in p.items.values()}
+    left = {d: lens[d] - offset for d, left, offset, _ in p.queue if left}
     assert all(seen[d] + left.get(d, 0) == lens[d] for d in range(len(lens)))
     assert p.tokens == sum(n + 1 for n in left.values()) < row_len
 
@@ -146,7 +150,7 @@ def test_every_conversation_once_an_epoch_and_no_row_without_target(made):
     while loader.epoch < 2:
         row = loader.next_row()
         assert any(m for _, (_, mask), *_ in row for m in mask)
-        for (epoch, i), *_ in row: seen.setdefault(epoch, []).append(i)
+        for place, *_ in row: seen.setdefault(place // 120, []).append(loader.number(place))
     for epoch in (0, 1): assert sorted(seen[epoch]) == list(range(120))
     assert loader.n_cut == loader.n_dropped == 0
 
