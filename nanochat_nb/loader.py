@@ -535,10 +535,10 @@ def _work(out, source: tuple, tokenizer, place: int, chunk: int, w: int, n: int)
 class Workers:
     "Chunks of tokens from `n` processes, in the order of the stream."
     def __init__(self, stream, tokenizer, place: int, chunk: int, n: int):
-        from nanochat_nb.loader import _work   # by the module's name: the new process knows no notebook
+        import nanochat_nb.loader as module    # whose name a new process can import; a notebook has none
         new, source = multiprocessing.get_context("spawn"), (stream.folder, stream.split, stream.seed)
         self.queues, self.turn = [new.Queue(4) for _ in range(n)], 0
-        self.processes = [new.Process(target=_work, args=(q, source, tokenizer, place, chunk, w, n), daemon=True)
+        self.processes = [new.Process(target=module._work, args=(q, source, tokenizer, place, chunk, w, n), daemon=True)
                           for w, q in enumerate(self.queues)]
         for p in self.processes: p.start()
 
