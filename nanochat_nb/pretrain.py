@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'LARGE', 'RunSettings', 'TrainSettings', 'PretrainSettings', 'fill', 'Trainer', 'evaluator', 'sampler',
-           'open_tokenizer', 'artefacts', 'train', 'metrics_path', 'launch_training', 'last_values', 'main']
+           'open_tokenizer', 'artefacts', 'token_cache', 'train', 'metrics_path', 'launch_training', 'last_values',
+           'main']
 
 # %% ../nbs/03_pretrain.ipynb #138cf68e
 import collections, json, math, os, shutil, statistics, time
@@ -12,16 +13,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import torch
 from fastcore.basics import patch
-from .settings import NanochatError, base_folder, from_notebook, run_main, write_json, write_yaml
+from .settings import (NanochatError, atomic_path, base_folder, from_notebook, run_main, write_json,
+                                  write_yaml)
 from .data import find_data, iter_texts
 from .tokenizer import Tokenizer, TokenizerSettings, prepare_tokenizer
-from .loader import Prefetch, TextLoader, eval_batches, loader_warning
+from .loader import Prefetch, TextLoader, eval_batches, loader_warning, prepare_cache
 from .kernels import fp8_works
 from .model import GPT, config_from_depth, flops_per_token
 from .optim import make_optimizer, plan, set_schedule
 from .runtime import (LiveChart, Metrics, Runtime, all_reduce_mean, barrier, can_compile, close_runtime,
                                  freeze_gc, init_runtime, launch, peak_flops, peak_memory, print0, read_metrics)
-from .checkpoint import check_same_tokenizer, latest_step, load_checkpoint, save_checkpoint, set_rng_state
+from .checkpoint import Saver, check_same_tokenizer, latest_step, load_checkpoint, set_rng_state
 from .engine import Engine
 from .evals import bits_per_byte
 
@@ -74,6 +76,8 @@ class PretrainSettings(TrainSettings):
     vocab_size: int = 0          # tokens; 0: those of the tokenizer in place, else 65,536 from depth 8 on, 1,024 below
     seq_len: int = 0             # context; 0: 2,048 from depth 8 on, else 256
     ratio: float = 0.0           # training tokens a parameter; 0: 20 from depth 8 on, else 0.55
+    workers: int = 0             # processes that tokenise, for each rank; 0: a thread of the rank does
+    token_cache: bool = False    # tokenise the corpus once, into tokenized_data in the base folder, and read it there
 
 # %% ../nbs/03_pretrain.ipynb #b3b89bb1
 SMALL = dict(seq_len=256, batch_tokens=2048, device_batch=16, ratio=0.55)     # depth < 8: minutes on a laptop
@@ -115,7 +119,7 @@ class Trainer:
         self.short = rt.device.type == "cpu" and self.n_steps < 300  # too short to compile: run it exactly instead
         if self.short and not cfg.dtype: rt.dtype = torch.float32
         if rt.device.type == "cuda": self.model.loss_chunk = 2**29  # scores held at once: 2 GiB
-        self.loader = Prefetch(self.loader)
+        self.loader, self.saver = Prefetch(self.loader, rt.device), Saver()
         names = ("matrix_lr", "embedding_lr", "unembedding_lr", "weight_decay", "muon_beta2", "lr_scale")
         self.opt = make_optimizer(self.model, dtype=rt.dtype, **{k: getattr(cfg, k) for k in names})
 
@@ -202,7 +206,7 @@ def save(self: Trainer, step: int):
     "A checkpoint after `step` steps."
     meta = dict(config=asdict(self.model.cfg), tokenizer_hash=self.tok.hash, settings=asdict(self.cfg),
                 loader=self.loader.state_dict(), n_steps=self.n_steps, seconds=self.seconds)
-    save_checkpoint(self.folder, step, self.model, self.opt, meta=meta, keep=self.cfg.keep)
+    self.saver.save(self.folder, step, self.model, self.opt, meta=meta, keep=self.cfg.keep)
 
 # %% ../nbs/03_pretrain.ipynb #f9d90009
 @patch
@@ -236,6 +240,17 @@ def set_aside(self: Trainer):
         print0(f"the earlier run in {self.folder} is now in its subfolder before; resume would have gone on with it")
     barrier()
 
+# %% ../nbs/03_pretrain.ipynb #df8b02e4
+@patch
+def restarted(self: Trainer) -> bool:
+    "Whether torchrun has started the ranks of this very run again; notes the run's id."
+    run, mark = os.environ.get("TORCHELASTIC_RUN_ID", ""), self.folder / "run"
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and mark.exists() and mark.read_text() == run
+    barrier()
+    if self.rt.is_main:
+        with atomic_path(mark) as p: p.write_text(run)
+    return again
+
 # %% ../nbs/03_pretrain.ipynb #78f5d84e
 @patch
 def fast_model(self: Trainer): # what `train_step` runs
@@ -247,11 +262,11 @@ def fast_model(self: Trainer): # what `train_step` runs
     torch._functorch.config.activation_memory_budget = self.cfg.activation_budget
     return torch.compile(self.model, dynamic=False)
 
-# %% ../nbs/03_pretrain.ipynb #31399ea8
+# %% ../nbs/03_pretrain.ipynb #966be366
 @patch
 def fit(self: Trainer) -> dict: # the last values of everything measured
     "Train to the end, from the latest checkpoint if `cfg.resume`."
-    self.restore() if self.cfg.resume else self.set_aside()
+    self.restore() if self.cfg.resume or self.restarted() else self.set_aside()
     self.metrics, self.peak = Metrics(self.folder / "metrics.jsonl", keep_below=self.start), peak_flops(self.rt)
     if self.rt.is_main: write_yaml(self.folder / "settings.yaml", self.cfg)
     model = self.fast_model()
@@ -266,6 +281,7 @@ def fit(self: Trainer) -> dict: # the last values of everything measured
         if done == self.n_steps or every and done % every == 0: self.save(done)
         if step == self.start and "TORCHELASTIC_RUN_ID" in os.environ: freeze_gc()
     self.observe(self.n_steps)
+    self.saver.wait()
     self.metrics.close()
     return self.last | dict(folder=str(self.folder))
 
@@ -302,6 +318,14 @@ def artefacts(
         barrier()
     return made
 
+# %% ../nbs/03_pretrain.ipynb #8dd9bef5
+def token_cache(rt, data: Path, tok, base: str) -> Path: # see `prepare_cache`
+    "The token cache, made if absent: by the main rank, then by one rank of every machine that has another disk."
+    for turn in (rt.is_main, rt.local_rank == 0, True):
+        if turn: made = prepare_cache(data, tok, base)
+        barrier()
+    return made
+
 # %% ../nbs/03_pretrain.ipynb #3e84a658
 def train(cfg: PretrainSettings) -> dict: # the last values of everything measured
     "Pretrain on this process, which is one rank of a run."
@@ -314,7 +338,8 @@ def train(cfg: PretrainSettings) -> dict: # the last values of everything measur
     model = GPT(config_from_depth(cfg.depth, tok.vocab_size, T, cfg.arch)).to(rt.device)
     model.init_weights(cfg.seed)
     loader = TextLoader(data, tok, split="train", seq_len=T, batch_rows=p.batch_tokens // T, seed=cfg.seed,
-                        rank=rt.rank, world_size=rt.world_size)
+                        rank=rt.rank, world_size=rt.world_size, workers=cfg.workers,
+                        cache=cfg.token_cache and token_cache(rt, data, tok, cfg.base_dir))
     base = base_folder(cfg.base_dir)
     look = evaluator(cfg, rt, tok, model, data), sampler(rt, tok, model, data)
     out = Trainer(cfg, rt, tok, model, loader, base / "base_checkpoints" / cfg.tag, p.steps, p.device_batch,
@@ -336,8 +361,10 @@ def launch_training(
 ) -> Path:                                # its metrics.jsonl
     "Train in torchrun subprocesses with a live chart (a progress line on a terminal)."
     chart, path = LiveChart(), metrics_path(cfg, stage)
-    find_data(cfg.source, cfg.base_dir)
-    if stage == "base": open_tokenizer(cfg.source, cfg.base_dir, cfg.vocab_size, 1024 if cfg.depth < 8 else 65536)
+    data = find_data(cfg.source, cfg.base_dir)
+    if stage == "base":
+        tok = open_tokenizer(cfg.source, cfg.base_dir, cfg.vocab_size, 1024 if cfg.depth < 8 else 65536)
+        if cfg.token_cache: prepare_cache(data, tok, cfg.base_dir)
     ranks = {k: getattr(cfg, k) for k in ("n_gpu", "nnodes", "node_rank", "rdzv_endpoint", "max_restarts")}
     try: launch(module, cfg, metrics=path, on_metrics=chart, **ranks)
     finally: chart.close()

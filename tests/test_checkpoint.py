@@ -65,3 +65,46 @@ def test_full_disk(tmp_path):
         raise AssertionError("no error")
     assert in_child(f) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == before and value_at(tmp_path) == 1
+
+def test_killed_while_the_thread_writes(tmp_path):
+    "SIGKILL at any moment of a run that saves in the background: what can be loaded is whole, and never older than announced."
+    import random, time
+    def train(said):
+        saver, w, step = Saver(), torch.zeros(200_000), 0
+        while True:
+            step += 1
+            w += 1
+            saver.save(tmp_path, step, {"w": w}, {"m": w * 2}, keep=2)
+            if step > 1: os.write(said, b"%d\n" % (step - 1))     # the save before is on disk
+    for k in range(6):
+        r, said = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try: train(said)
+            finally: os._exit(1)
+        os.close(said)
+        os.read(r, 1)                                             # the first one is there
+        time.sleep(random.random() * 0.15)
+        os.kill(pid, signal.SIGKILL)
+        assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+        with os.fdopen(r, "rb") as f: announced = max([1, *(int(l) for l in f.read().split(b"\n")[1:-1] if l)])
+        step, state, opt, _ = load_checkpoint(tmp_path)
+        assert step >= announced and torch.equal(state["w"], torch.full((200_000,), float(step)))
+        assert torch.equal(opt["m"], 2 * state["w"])
+        for p in [*tmp_path.iterdir()]: checkpoint.shutil.rmtree(p) if p.is_dir() else p.unlink()
+
+def test_a_failed_background_save_is_raised_at_the_next_one(tmp_path):
+    (tmp_path / "file").write_text("")
+    saver = Saver()
+    saver.save(tmp_path / "file", 1, {"w": torch.zeros(3)})
+    try: saver.save(tmp_path / "good", 2, {"w": torch.zeros(3)})
+    except NanochatError as e: assert "cannot save step 1" in str(e)
+    else: raise AssertionError("no error")
+    saver.save(tmp_path / "good", 2, {"w": torch.zeros(3)}); saver.wait(); saver.wait()
+    assert latest_step(tmp_path / "good") == 2
+
+def test_the_last_save_is_finished_at_exit(tmp_path):
+    import subprocess, sys
+    code = f"import torch\nfrom nanochat_nb.checkpoint import *\nSaver().save({str(tmp_path)!r}, 7, {{'w': torch.zeros(3_000_000)}})\nraise ValueError"
+    assert subprocess.run([sys.executable, "-c", code], stderr=subprocess.DEVNULL).returncode == 1
+    assert load_checkpoint(tmp_path)[0] == 7

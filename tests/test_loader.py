@@ -1,14 +1,20 @@
 """The loader: what does not read well as a cell of its chapter."""
-import itertools, json, random, shutil
+import itertools, json, os, random, shutil, signal, subprocess, sys, time, zlib
+from pathlib import Path
 
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 
 from nanochat_nb.data import iter_texts, write_shards
-from nanochat_nb.loader import ChatLoader, DocStream, MixLoader, Packer, TextLoader, eval_batches
+from nanochat_nb import loader as loader_module
+from nanochat_nb.loader import (ChatLoader, DocStream, MixLoader, TextLoader, encode_flat, eval_batches, fast_encoder,
+                                prepare_cache)
+from nanochat_nb.packing import Packer
 from nanochat_nb.settings import NanochatError
 from nanochat_nb.tokenizer import train_tokenizer
 from nanochat_nb.world import World, conversations, corpus
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +80,9 @@ def test_other_seeds_and_epochs_give_other_orders(made):
     loader = text(made, batch_rows=1)
     order = {}
     while loader.epoch < 3:
-        for ref, *_ in loader.next_row(): order.setdefault(ref[0], []).append(ref[1:])
+        for place, *_ in loader.next_row():
+            shard, rows = loader.stream.span(place, 1)
+            order.setdefault(place // loader.stream.n_docs, []).append((shard, int(rows[0])))
     assert order[0] != order[1] and loader.epoch == 3
 
 
@@ -83,10 +91,11 @@ def test_every_token_exactly_once_an_epoch(made):
     loader = text(made, batch_rows=1)
     length = {(s, r): len(tok.encode(t)) for s, sh in enumerate(loader.stream.shards)
               for r, t in enumerate(loader.stream.texts(s, list(range(sh["rows"]))))}
-    read = {}
+    read, n_docs = {}, loader.stream.n_docs
     while loader.epoch < 2:
-        for (epoch, *address), ids, first, n in loader.next_row():
-            key = (epoch, *address)
+        for place, ids, first, n in loader.next_row():
+            shard, rows = loader.stream.span(place, 1)
+            key = (place // n_docs, shard, int(rows[0]))
             assert read.get(key, 0) == first        # pieces follow one another
             read[key] = first + n
     for epoch in (0, 1): assert {k: read.get((epoch, *k)) for k in length} == length
@@ -98,7 +107,7 @@ def test_tokens_are_those_of_the_documents(made):
     for _ in range(20):
         x, y = next(loader)
         for r in range(4):
-            row = [i for _, ids, a, n in twin.next_row() for i in (tok.bos_id, *ids[a:a + n])]
+            row = [i for _, ids, a, n in twin.next_row() for i in (tok.bos_id, *ids[1:][a:a + n].tolist())]
             assert x[r].tolist() == row[:-1] and y[r].tolist() == row[1:]
 
 
@@ -112,18 +121,18 @@ def test_packer_loses_nothing(lens, row_len, buffer):
             d, n = todo.pop(0)
             p.add(d, None, n)
         if p.tokens < row_len: break
-        oldest = next(iter(p.items.values()))[0]
+        oldest = p.oldest()
         row = p.row()
         assert row[0][0] == oldest                                # the queue moves
         assert sum(n + 1 for *_, n in row) == row_len             # full, no padding
         for d, _, first, n in row:
             assert first == seen[d] and d not in done             # in order, nothing twice
             seen[d] += n
-            if seen[d] == lens[d] and d not in [i[0] for i in p.items.values()]: done.add(d)
+            if seen[d] == lens[d] and d not in [i[0] for i in p.queue if i[1]]: done.add(d)
         rows += 1
         cut = [d for d, _, first, n in row if first + n < lens[d]]
         assert not cut or cut == [row[-1][0]]                     # a cut only ever ends a row
-    left = {d: lens[d] - offset for d, _, offset, _ in p.items.values()}
+    left = {d: lens[d] - offset for d, left, offset, _ in p.queue if left}
     assert all(seen[d] + left.get(d, 0) == lens[d] for d in range(len(lens)))
     assert p.tokens == sum(n + 1 for n in left.values()) < row_len
 
@@ -146,7 +155,7 @@ def test_every_conversation_once_an_epoch_and_no_row_without_target(made):
     while loader.epoch < 2:
         row = loader.next_row()
         assert any(m for _, (_, mask), *_ in row for m in mask)
-        for (epoch, i), *_ in row: seen.setdefault(epoch, []).append(i)
+        for place, *_ in row: seen.setdefault(place // 120, []).append(loader.number(place))
     for epoch in (0, 1): assert sorted(seen[epoch]) == list(range(120))
     assert loader.n_cut == loader.n_dropped == 0
 
@@ -261,3 +270,149 @@ def test_damaged_shards(made, tmp_path):
     for s in manifest["shards"]: s["rows"] += s["name"] == name
     (broken / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     with pytest.raises(NanochatError, match="its manifest says"): run()
+
+
+# ---- workers, the token cache, restarts
+
+@pytest.fixture(scope="module")
+def cache(made, tmp_path_factory): return prepare_cache(made[0], made[2], str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.mark.parametrize("world_size, workers", [(1, 4), (2, 1)])
+def test_same_global_batches_for_any_number_of_workers(made, world_size, workers):
+    ours = group(lambda m, **kw: text(m, workers=workers, **kw), made, world_size)
+    same(group(text, made, 1), ours, 30)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_same_global_batches_from_the_cache(made, cache, world_size):
+    same(group(text, made, 1), group(lambda m, **kw: text(m, cache=cache, **kw), made, world_size), 60)   # more than an epoch
+    a, b = text(made, split="val"), text(made, split="val", cache=cache)
+    for _ in range(5): assert torch.equal(next(a)[1], next(b)[1])
+    assert a.state_dict() == b.state_dict()
+
+
+def test_worker_trouble_is_one_clear_error_and_no_worker_outlives_its_loader(made, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(made[0], broken)
+    for s in DocStream(broken).shards: (broken / s["name"]).write_bytes(b"PAR1")
+    with pytest.raises(NanochatError, match="cannot read shard .*prepare the data again"):
+        next(TextLoader(broken, made[2], seq_len=48, batch_rows=8, workers=1))
+    loader = text(made, workers=1)
+    next(loader)
+    os.kill(loader.pool.processes[0].pid, signal.SIGKILL)
+    with pytest.raises(NanochatError, match="ended with status -9 .*fewer workers"):
+        while True: next(loader)
+
+
+RUN = """
+import json, sys, zlib
+from nanochat_nb.loader import Prefetch, TextLoader
+from nanochat_nb.tokenizer import Tokenizer
+folder, tok, workers = sys.argv[1:]
+if __name__ == "__main__":
+    loader = Prefetch(TextLoader(folder, Tokenizer.load(tok), seq_len=48, batch_rows=8, workers=int(workers)))
+    while True:
+        x, y = next(loader)
+        print(json.dumps([zlib.crc32(y.numpy().tobytes()), loader.state_dict()]), flush=True)
+        if workers != "0": print(loader.loader.pool.processes[0].pid, file=sys.stderr, flush=True)
+"""
+
+
+def test_resume_is_exact_after_a_kill(made, tmp_path):
+    "A process with a worker is killed; from its last state another goes on with the very next batch, and the worker is gone."
+    made[2].save(tmp_path / "tok"); (tmp_path / "run.py").write_text(RUN)
+    p = subprocess.Popen([sys.executable, str(tmp_path / "run.py"), str(made[0]), str(tmp_path / "tok"), "1"],
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    lines = [p.stdout.readline() for _ in range(12)]
+    worker = int(p.stderr.readline())
+    p.kill(); p.wait()
+    sums, states = zip(*map(json.loads, lines))
+    whole = text(made)
+    assert [zlib.crc32(next(whole)[1].numpy().tobytes()) for _ in range(12)] == list(sums)
+    for k in (3, 11):
+        loader = text(made)
+        loader.load_state_dict(states[k])
+        if k < 11: assert zlib.crc32(next(loader)[1].numpy().tobytes()) == sums[k + 1]
+        else: assert torch.equal(next(loader)[1], next(whole)[1])
+    end = time.time() + 20
+    while Path(f"/proc/{worker}").exists() and "\nState:\tZ" not in Path(f"/proc/{worker}/status").read_text():
+        assert time.time() < end, "the worker outlives its parent"
+        time.sleep(0.05)
+
+
+def test_a_cache_that_does_not_fit_is_an_error(made, cache, tmp_path):
+    folder, docs, tok, _ = made
+    def fails(match, f):
+        with pytest.raises(NanochatError, match=match): f()
+    other = train_tokenizer((d["text"] for d in docs[:200]), 500)
+    fails("another tokenizer .*make it again: python -m nanochat_nb.loader", lambda: text((folder, docs, other), cache=cache))
+    write_shards(docs[:300], tmp_path / "less", source="less", val_fraction=0.05)
+    fails("another data", lambda: text((tmp_path / "less", docs, tok), cache=cache))
+    fails("no token cache in", lambda: text(made, cache=tmp_path))
+    copy = tmp_path / "base" / "tokenized_data"
+    shutil.copytree(cache, copy)
+    first = copy / "train" / "tokens_00000.bin"
+    whole = first.read_bytes()
+    first.write_bytes(whole[:-2])
+    fails(r"tokens_00000.bin has [\d,]+ bytes instead of", lambda: text(made, cache=copy))
+    first.write_bytes(whole[:-2] + tok.bos_id.to_bytes(2, "little"))
+    def read():
+        loader = text(made, cache=copy)
+        while loader.epoch < 1: next(loader)
+    fails(r"tokens_00000.bin holds \d+ documents, not", read)
+    fails("another tokenizer", lambda: prepare_cache(folder, other, str(tmp_path / "base")))
+    prepare_cache(folder, other, str(tmp_path / "base"), mend=True)
+    text((folder, docs, other), cache=copy)
+
+
+def test_a_cache_half_written_is_no_cache(made, tmp_path, monkeypatch):
+    made_of, calls = loader_module.encode_flat, []
+    def dies(*a):
+        calls.append(1)
+        if len(calls) == 3: raise KeyboardInterrupt
+        return made_of(*a)
+    monkeypatch.setattr(loader_module, "encode_flat", dies)
+    with pytest.raises(KeyboardInterrupt): prepare_cache(made[0], made[2], str(tmp_path))
+    assert not list(tmp_path.rglob("manifest.json")) and not list(tmp_path.rglob("*.tmp"))
+    monkeypatch.undo()
+    assert torch.equal(next(text(made))[0], next(text(made, cache=prepare_cache(made[0], made[2], str(tmp_path))))[0])
+
+
+def test_the_command_makes_the_cache(made, tmp_path):
+    shutil.copytree(made[0], tmp_path / "base_data/world"); made[2].save(tmp_path / "tokenizer")
+    loader_module.main(loader_module.LoaderSettings(source="world", base_dir=str(tmp_path)))
+    a, b = text(made), text(made, cache=tmp_path / "tokenized_data")
+    for _ in range(3): assert torch.equal(next(a)[0], next(b)[0])
+    p = subprocess.run([sys.executable, "-m", "nanochat_nb.loader", "--source=world", f"--base_dir={tmp_path}"],
+                       capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    said = json.loads(p.stdout.splitlines()[-1])
+    assert p.returncode == 0 and said["rows"] == len(made[1]) and said["bytes"] == 2 * said["tokens"]
+
+
+def test_the_fast_encoder_gives_the_same_tokens(made):
+    pytest.importorskip("fastokens")
+    tok, rng = made[2], random.Random(0)
+    pool = [chr(c) for c in [*range(0x250), *range(0x4e00, 0x4e40), 0x20000, 0x1F600, 0x200d, 0x3000, 0x0e33, 0x0301, 0xa0, 0x2028]]
+    texts = ["".join(rng.choices([*pool, "\r\n", "  ", " 's", "中文", "<|bos|>"], k=60)) for _ in range(2000)] + [""]
+    assert fast_encoder(tok)
+    flat, a, b = encode_flat(tok, texts)
+    assert [flat[i:j].tolist() for i, j in zip(a, b)] == [[tok.bos_id, *ids] for ids in tok.encode_batch(texts)]
+
+
+@pytest.mark.parametrize("seq_len, most", [(2048, 0.02), (512, 0.05)])
+def test_next_to_nothing_is_lost_or_padded(seq_len, most):
+    "Lengths of real text (log-normal, heavy tail): what goes in comes out, rows are full, documents that fit stay whole."
+    rng = random.Random(0)
+    lens = [int(rng.lognormvariate(6.2, 1.1)) for _ in range(8000)]
+    p, todo, read, cut, fit = Packer(seq_len + 1), list(enumerate(lens))[::-1], 0, 0, 0
+    while todo:
+        while todo and len(p) < 512: d, n = todo.pop(); p.add(d, None, n)
+        row = p.row()
+        assert sum(n + 1 for *_, n in row) == seq_len + 1
+        read += sum(n for *_, n in row)
+        whole = [(lens[d], n) for d, _, first, n in row if not first and lens[d] <= seq_len]
+        fit += len(whole); cut += sum(a != b for a, b in whole)
+    waiting = sum(left - 1 for _, left, *_ in p.queue if left)
+    assert 1 - (read + waiting) / sum(lens) <= most and read + waiting == sum(lens)
+    assert cut / fit < 0.005
