@@ -97,7 +97,7 @@ class Tokenizer:
         if missing: raise NanochatError(f"tokenizer.json lacks special tokens {missing}; make it with train_tokenizer")
         self.special_ids, self.bos_id = set(self._special.values()), self._special["<|bos|>"]
         self._bytes = [self._token_bytes(self._tk.id_to_token(i)) for i in range(self.vocab_size)]
-        self._encoder = None  # the compiled one, made when a large batch comes
+        self._encoder = None  # of fastokens, made when a large batch comes
 
     def _token_bytes(self, token: str) -> bytes:
         "Bytes of a token; a special token shows its name."
@@ -174,18 +174,15 @@ def encode(self: Tokenizer,
     return self._tk.encode(check_text(text), add_special_tokens=False).ids
 
 # %% ../nbs/01_tokenizer.ipynb #e96f9aed
-BATCH = 50_000  # characters in a batch from which compiling pays
+BATCH = 50_000  # characters from which a batch goes to fastokens, where it is installed
 
 @patch
-def _compiled(self: Tokenizer):
-    "The encoder of `fastbpe`, None without numba or for a foreign pattern."
-    if self._encoder is None and (fast := _fast(pattern := self.meta.get("pattern", ""))):
-        spec, text = json.loads(self.spec), {b: c for c, b in CHAR_BYTE.items()}
-        if spec["pre_tokenizer"] != json.loads(_blank(pattern).to_str())["pre_tokenizer"]: return None
-        vocab, encode = spec["model"]["vocab"], self._tk.encode
-        merges = [(vocab[a], vocab[b], vocab[a + b]) for a, b in spec["model"]["merges"]]
-        self._encoder = fast.Encoder(pattern, np.array([vocab[text[b]] for b in range(256)]), merges,
-                                     lambda t: encode(t, add_special_tokens=False).ids)
+def _large(self: Tokenizer, texts: list[str]):
+    "The encoder of fastokens when the batch is large and the package there, else None."
+    if sum(map(len, texts)) < BATCH or importlib.util.find_spec("fastokens") is None: return None
+    if self._encoder is None:
+        import fastokens
+        self._encoder = fastokens.Tokenizer.from_json_str(self.spec)
     return self._encoder
 
 # %% ../nbs/01_tokenizer.ipynb #38324853
@@ -195,7 +192,9 @@ def encode_flat(self: Tokenizer,
 ) -> tuple[np.ndarray, np.ndarray]: # ids of all texts in a row, int32; where each text ends in it
     "Token ids of many texts as arrays, by the fastest way there is."
     try:
-        if sum(map(len, texts)) >= BATCH and (fast := self._compiled()): return fast.encode(texts)
+        if fast := self._large(texts):
+            ids, ends = fast.encode_batch_flat(texts, False, True)  # without bos, special strings stay text
+            return np.frombuffer(ids, np.int32), np.frombuffer(ends, np.int64)[1:]
         ids = [e.ids for e in self._tk.encode_batch_fast(texts, add_special_tokens=False)]
     except (TypeError, AttributeError, UnicodeEncodeError):  # which one?
         for i, t in enumerate(texts): check_text(t, f"text {i}")
