@@ -159,7 +159,7 @@ class PieceCounter:
     def __init__(self,
         han: int = 4,                 # see `split_pattern`
         digits: int = 1,
-        max_pieces: int = 2_000_000,  # beyond so many different pieces the rarest are forgotten
+        max_pieces: int = 1_000_000,  # beyond so many different pieces the rarest are forgotten
     ):
         self.han, self.digits, self.max_pieces, self.dropped = han, digits, max_pieces, 0
         self.n = self.used = 0
@@ -211,7 +211,7 @@ def _keep(self: PieceCounter, most: int):
 # %% ../nbs/01c_fastbpe.ipynb #cb193f3c
 def count_pieces(
     texts,                        # iterable of str
-    han: int = 4, digits: int = 1, max_pieces: int = 2_000_000,  # as in `PieceCounter`
+    han: int = 4, digits: int = 1, max_pieces: int = 1_000_000,  # as in `PieceCounter`
     chunk: int = 4_000_000,       # characters in a batch
 ) -> PieceCounter:
     "Count the pieces of a stream of texts on two threads."

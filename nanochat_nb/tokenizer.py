@@ -136,7 +136,7 @@ def train_tokenizer(
     vocab_size: int,              # tokens asked for, special ones included; a short text may yield fewer
     pattern: str = SPLIT_PATTERN, # where text is cut before merging
     meta: dict | None = None,     # notes for meta.json
-    max_pieces: int = 2_000_000,  # different pre-tokens held; beyond, the rarest are forgotten (needs numba)
+    max_pieces: int = 1_000_000,  # different pre-tokens held; beyond, the rarest are forgotten (needs numba)
 ) -> Tokenizer:
     "Train byte-level BPE: 256 bytes, then merges, then the nine special tokens."
     least, tk, head, size = 256 + len(SPECIAL), _blank(pattern), [], 0
@@ -380,7 +380,7 @@ class TokenizerSettings:
     max_chars: int = 2_000_000_000  # train on the first so many characters
     doc_cap: int = 10_000           # characters used of one document
     pattern: str = ""               # regular expression that cuts text before merging; empty: SPLIT_PATTERN
-    max_pieces: int = 2_000_000     # different pre-tokens held in memory; beyond, the rarest are forgotten
+    max_pieces: int = 1_000_000     # different pre-tokens held in memory; beyond, the rarest are forgotten
     retrain: bool = False           # train even where a tokenizer of the same recipe exists
 
 # %% ../nbs/01_tokenizer.ipynb #4bd8668c
