@@ -127,3 +127,47 @@ def test_parameters_cell_is_the_dataclass():
     got = {n.target.id: (n.annotation.id, ast.literal_eval(n.value)) for n in ast.parse(source).body}
     assert got == {f.name: (getattr(f.type, "__name__", f.type), f.default) for f in dataclasses.fields(TokenizerSettings)}
     assert [line.split("#")[1].strip() for line in source.splitlines()] == list(field_comments(TokenizerSettings).values())
+
+# ---- the compiled trainer: as plain Python where numba is missing, so these run anywhere ------------------------------
+
+from collections import Counter
+from tokenizers import Regex, pre_tokenizers
+from nanochat_nb import fastbpe, tokenizer as module
+
+hard_text = st.text(st.characters(exclude_categories=("Cs",)) | st.sampled_from(" \n\r\t\u3000\x85\u200baé\u0301好〇⺀々１Ⅷ。,'"), max_size=60)
+
+def pieces_of(counter):
+    return {counter.arena[at >> 32:(at >> 32) + (at & 0xFFFFFFFF)].tobytes(): n for _, _, at, n in counter.rows().tolist()}
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(hard_text, max_size=4), st.sampled_from([(4, 1), (1, 3), (6, 2)]))
+def test_the_loop_cuts_as_the_regex_does(texts, limits):
+    split = pre_tokenizers.Split(Regex(fastbpe.split_pattern(*limits)), "isolated")
+    want = Counter(p.encode() for t in texts for p, _ in split.pre_tokenize_str(t))
+    assert pieces_of(fastbpe.PieceCounter(*limits).add(texts)) == want
+
+@settings(max_examples=60, deadline=None)
+@given(st.text("aab bc好今", min_size=1, max_size=200), st.sampled_from([265, 290, 400]))
+def test_both_trainers_make_one_tokenizer(text, size):
+    by_library = train_tokenizer([text], size)
+    large, module.LARGE = module.LARGE, 0
+    try: assert train_tokenizer([text], size).hash == by_library.hash
+    finally: module.LARGE = large
+
+def test_the_pattern_of_the_book_is_one_of_the_loop():
+    assert fastbpe.limits_of(module.SPLIT_PATTERN) == (4, 1)
+    assert fastbpe.limits_of(r"\w+|\W") is None
+
+def test_memory_is_bounded_and_what_stays_is_common():
+    texts = [f"w{'abcdefghij'[i % 10]}x " * 3 + "".join(chr(0x4E00 + (i * 7 + k) % 5000) for k in range(8)) for i in range(4000)]
+    counter = fastbpe.count_pieces(texts, 4, 1, max_pieces=500, chunk=1000)
+    assert counter.n <= 500 and counter.dropped > 0
+    assert all(f" w{c}x".encode() in pieces_of(counter) for c in "abcdefghij")
+
+def test_a_large_batch_has_the_ids_of_single_texts():
+    texts = [*TEXTS, "-" * 5000, "<|bos|>", "", "🦊" * 50]
+    assert sum(map(len, texts)) > module.BATCH
+    assert TOK.encode_batch(texts) == [TOK.encode(t) for t in texts]
+    ids, ends = TOK.encode_flat(texts)
+    assert ends[-1] == len(ids) and not TOK.special_ids & set(ids.tolist())
+    with pytest.raises(NanochatError, match="text 1: lone surrogate"): TOK.encode_batch(["a" * module.BATCH, "\ud800"])
