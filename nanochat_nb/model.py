@@ -99,6 +99,7 @@ def attention(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
                                           enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
 
+# %% ../nbs/02_model.ipynb #8930c0ed
 class Attention(nn.Module):
     "Causal self-attention: RoPE, then QK-norm; grouped queries if n_kv_head < n_head."
     def __init__(self, cfg: GPTConfig, layer: int):
@@ -292,8 +293,10 @@ def put(self: KVCache, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> t
     for store, new in ((self.k[layer], k), (self.v[layer], v)): store[rows, positions] = new.to(store.dtype)
     return self.k[layer, :, :end].to(k.dtype), self.v[layer, :, :end].to(v.dtype)
 
+
+# %% ../nbs/02_model.ipynb #9f2a84d5
 @patch
-def attend(self: KVCache, layer: int, positions: Tensor, mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend(self: KVCache, layer: int, positions: Tensor, mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor):
     "Attention of the new tokens to themselves and to all that is held, (B,T,H,D)."
     return attention(q, *self.put(layer, positions, k, v), mask)
 
