@@ -57,7 +57,8 @@ def test_seeds_advance(base):
 
 def test_widget_streams_and_shows_tokens(base, monkeypatch):
     pytest.importorskip("ipywidgets")
-    monkeypatch.setattr(base[1], "stop", set())
+    plain, quiet = base[1].model.logits, torch.tensor(sorted(base[1].tok.special_ids))
+    monkeypatch.setattr(base[1].model, "logits", lambda x: plain(x).index_fill(-1, quiet, -torch.inf))  # text only
     window, seen = ChatWidget(base[1], lang="en", temperature=1.0, max_tokens=30), []
     window.log.observe(lambda c: seen.append(c.new), "value")
     window.text.value = "<b>hello</b>"
