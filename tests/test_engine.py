@@ -1,7 +1,7 @@
 "Engine: what does not read well as a notebook cell."
 import random, time, warnings
 import pytest, torch
-from nanochat_nb.engine import Engine, ToolCall, calculate
+from nanochat_nb.engine import N_FORCED, Engine, Frozen, Request, calculate, cut, forced_by, gumbel, sample
 from nanochat_nb.model import GPT, GPTConfig
 from nanochat_nb.settings import NanochatError
 from nanochat_nb.tokenizer import SPECIAL, train_tokenizer
@@ -54,48 +54,64 @@ def test_calculator_agrees_with_the_world():
     assert len(calls) > 300 and [calculate(e) for e, _ in calls] == [r for _, r in calls]
 
 
-def play(tok, *tokens):
-    state = ToolCall(tok)
-    return [state.push(t) for t in tokens]
-
-def test_tool_state(tok):
+def test_forced_tokens(tok):
     S, E, O, X = map(tok.special, ("python_start", "python_end", "output_start", "output_end"))
-    a = tok.encode("1+2")
-    assert play(tok, S, *a, E, 0, 0, 0, 5) == [S, *a, E, O, *tok.encode("3"), X, 5]
-    assert play(tok, E, 5, 6) == [E, 5, 6]                     # an end without a start is no call
-    assert play(tok, S, S, *a, E, 0, 0)[-1] == tok.encode("3")[0]  # a second start begins anew
-    assert play(tok, *([S, *a, E, 0, 0, 0] * 2)) == [S, *a, E, O, *tok.encode("3"), X] * 2
-    assert "<|output_start|>error<|output_end|>" in tok.decode(play(tok, S, *tok.encode("2**9"), E, *[0] * 20))
+    a, three = tok.encode("1+2"), [O, *tok.encode("3"), X]
+    assert forced_by(tok, [S, *a, E]) == forced_by(tok, [7, S, S, *a, E]) == three
+    assert forced_by(tok, [S, *a, E, *three, S, *a, E]) == three                                    # a second call
+    for row in ([], [E], [*a, E], [S, *a], [S, *a, E, 5], [S, *a, E, E]): assert forced_by(tok, row) == []
+    assert tok.decode(forced_by(tok, [S, *tok.encode("2**9"), E])) == "<|output_start|>error<|output_end|>"
 
 def test_an_output_can_never_become_a_special_token(tok):
     S, E = tok.special("python_start"), tok.special("python_end")
-    expr = '"' + "".join(SPECIAL) + '"[0]'
-    row = play(tok, S, *tok.encode(expr), E, *[0] * 3)
-    assert tok.decode(row[-2:-1]) == "<" and row[-2] not in tok.special_ids
+    out = forced_by(tok, [S, *tok.encode('"' + "".join(SPECIAL) + '"[0]'), E])
+    assert tok.decode(out[1:-1]) == "<" and not set(out[1:-1]) & tok.special_ids
 
-def test_tool_rows_and_plain_rows_share_a_batch(tok, engine):
-    "A scripted model calls the tool in one row only; the other row is not disturbed."
+def test_no_result_outgrows_the_queue(tok):
     S, E = tok.special("python_start"), tok.special("python_end")
-    script = {0: [S, *tok.encode("6*7"), E] + tok.encode("!") * 9, 1: tok.encode("hello") + tok.encode("?") * 20}
-    e, step = make_engine(tok), iter(range(100))
-    def scripted(new, cache):
-        t = next(step)
-        return torch.stack([torch.nn.functional.one_hot(torch.tensor(script[r][t]), tok.vocab_size) for r in (0, 1)]).float()
-    e._next_logits = scripted
-    e._cache = lambda rows, n: type("Cache", (), {"pos": 0, "max_len": 99})()
-    out = e.generate([[tok.bos_id]] * 2, 12, temperature=0)
-    assert "6*7<|python_end|><|output_start|>42<|output_end|>" in tok.decode(out[0])
+    for e in ("(0-123456789012345678+1/3)", "0-999999999999999999/7", "1/0", '"𝄞"[0]', "-" * 9):
+        assert len(forced_by(tok, [S, *tok.encode(e), E])) < N_FORCED
+
+class Scripted:
+    "A model that says what it is told: row by row of prompts that begin with bos and a row's number."
+    def __init__(self, model, script): self.model, self.script, self.cfg, self.device = model, script, model.cfg, model.device
+    def parameters(self): return []
+    def features(self, x, cache):
+        self.at = cache.begin(x.size(1))[0]
+        self.rows = getattr(self, "rows", {}) | ({r: int(x[i, 1]) for i, r in enumerate(cache.rows.tolist())} if hasattr(cache, "rows") else {})
+        return x
+    def logits(self, x):
+        out = torch.zeros(len(x), self.cfg.vocab_size)
+        for r in range(len(x)):
+            script = self.script[self.rows[r]]
+            out[r, script[min(int(self.at[r, 0]) - 2, len(script) - 1)]] = 9
+        return out
+
+@pytest.mark.parametrize("chunk", [1, 3, 8])
+def test_tool_rows_and_plain_rows_share_a_batch(tok, engine, chunk):
+    "A scripted model calls the tool in one row only; the other row is not disturbed, whatever was decoded in vain."
+    S, E = tok.special("python_start"), tok.special("python_end")
+    script = {0: [S, *tok.encode("6*7"), E] + tok.encode("!") * 30, 1: tok.encode("hello") + tok.encode("?") * 30}
+    e = Engine(Scripted(engine.model, script), tok)
+    e.chunk = chunk
+    prompts = [[tok.bos_id, r, 9] for r in (0, 1)]
+    out = e.generate(prompts, 12, temperature=0)
+    assert "6*7<|python_end|><|output_start|>42<|output_end|>!" in tok.decode(out[0]) and len(out[0]) == 12
     assert out[1] == script[1][:12]
+    assert "output" not in tok.decode(e.generate(prompts, 12, temperature=0, tools=False)[0])
 
 
 @pytest.mark.parametrize("kv", [1, 2])
-@pytest.mark.parametrize("kw", [dict(temperature=0), dict(temperature=1.0), dict(temperature=2.0, top_k=10)])
+@pytest.mark.parametrize("kw", [dict(temperature=0), dict(temperature=1.0), dict(temperature=2.0, top_k=10), dict(top_p=.7)])
 def test_rows_do_not_depend_on_their_batch(tok, kv, kw):
     e, rng = make_engine(tok, n_kv_head=kv), random.Random(0)
     prompts = [[tok.bos_id] + [rng.randrange(256) for _ in range(rng.randint(0, 62))] for _ in range(17)]
     alone = [e.generate([p], 50, seed=9 + r, **kw)[0] for r, p in enumerate(prompts)]
     assert e.generate(prompts, 50, seed=9, **kw) == alone
-    assert e.generate(prompts, 50, seed=9, batch_size=3, **kw) == alone
+    for size in (3, 5): assert e.generate(prompts, 50, seed=9, batch_size=size, **kw) == alone     # refilled
+    e.chunk = 8
+    assert e.generate(prompts, 50, seed=9, batch_size=4, **kw) == alone                              # looked at rarely
+    assert e.generate(prompts[::-1], 50, seed=range(9 + 16, 8, -1), batch_size=4, **kw) == alone[::-1]
     assert e.generate(prompts, 7, seed=9, **kw) == [a[:7] for a in alone]
 
 def test_window(tok, engine):
@@ -133,21 +149,87 @@ def test_streams_whole_characters(tok, engine):
         engine.stream([{"role": "user", "content": "hi"}], 9, temperature=0))
     assert isinstance(engine.complete("hello", max_tokens=9), str)
 
+class Half:
+    device = torch.device("cpu")
+    def autocast(self): return torch.autocast("cpu", torch.bfloat16)
+
 def test_bfloat16(tok):
-    class Runtime:
-        device = torch.device("cpu")
-        def autocast(self): return torch.autocast("cpu", torch.bfloat16)
-    full, half = make_engine(tok), make_engine(tok, runtime=Runtime())
-    assert half._cache(1, 8).k.dtype == torch.bfloat16 and full._cache(1, 8).k.dtype == torch.float32
+    full, half = make_engine(tok), make_engine(tok, runtime=Half())
+    assert half.dtype == torch.bfloat16 and full.dtype == torch.float32
     pairs = [(tok.encode("hello"), tok.encode("你好世界"))] * 3
     for (a, _), (b, _) in zip(full.score(pairs), half.score(pairs)): assert a == pytest.approx(b, rel=.05)
     assert len(half.generate([[tok.bos_id], [1, 2, 3]], 10, temperature=0)) == 2
+    assert half.fast.head.weight.dtype == torch.bfloat16 and half.fast.wte.weight is half.model.wte.weight
     assert not torch.is_autocast_enabled("cpu")
+
+def test_int8_is_close_and_follows_the_model(tok):
+    full, small = make_engine(tok), make_engine(tok)
+    small.int8 = True
+    small._refresh()
+    x = torch.tensor([[tok.bos_id, 5, 6, 7]])
+    with torch.no_grad(): a, b = full.model(x).softmax(-1), small.fast(x).softmax(-1)
+    assert (a - b).abs().sum(-1).max() < .15
+    w = small.model.head.weight
+    with torch.no_grad(): w.mul_(2)
+    small._refresh()
+    got = small.fast.head.weight * small.fast.head.scale[:, None]
+    assert ((got - w).abs().amax(1) <= w.abs().amax(1) / 127).all()
+    assert sum(isinstance(m, Frozen) for m in small.fast.modules()) == 6 * 2 + 1
+
+def test_frozen_copy_leaves_the_model_alone(tok):
+    e = make_engine(tok, runtime=Half())
+    before = {k: v.clone() for k, v in e.model.state_dict().items()}
+    e.generate([[tok.bos_id]], 5)
+    assert all(torch.equal(v, before[k]) for k, v in e.model.state_dict().items())
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in e.model.parameters())
+
+def test_cuts_are_those_of_transformers():
+    from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
+    x = torch.randn(50, 40, generator=torch.Generator().manual_seed(0)) * 3
+    for k, p in ((1, 1.), (5, 1.), (40, .3), (40, .9), (7, .5), (40, .01)):
+        want = TopPLogitsWarper(p)(None, TopKLogitsWarper(k)(None, x)) if p < 1 else TopKLogitsWarper(k)(None, x)
+        assert torch.equal(cut(x, torch.full((50,), k), torch.full((50,), p)), want)
+
+def test_draws_follow_the_distribution():
+    "Chi-square over 20,000 draws: seeds in a row, and steps in a row."
+    x = torch.randn(30, generator=torch.Generator().manual_seed(1))
+    n, one, i = 20_000, torch.ones(20_000, dtype=torch.long), torch.arange(20_000)
+    for seed, t in ((i, one), (one * 12345, i), (i * 2**16, i)):
+        got = torch.bincount(sample(x.expand(n, -1), 1.0, seed=seed, t=t), minlength=30)
+        want = n * x.softmax(-1)
+        assert ((got - want)**2 / want).sum() < 29 + 5 * 58**.5
+
+def test_runs_of_one_engine_do_not_disturb_each_other(tok, engine):
+    a, b = (engine.requests([[tok.bos_id, 5]], 30, seed=s, stop=()) for s in (1, 2))
+    first, second = engine.drain(a), engine.drain(b)
+    for _ in range(3): next(first), next(second)
+    first.close()
+    for _ in second: pass
+    assert len(a[0].out) == 3 and b[0].out == engine.generate([[tok.bos_id, 5]], 30, seed=2, stop=())[0]
+
+def test_cancelled_requests_leave_their_rows(tok, engine):
+    todo = engine.requests([[tok.bos_id]] * 6, 40, stop=())
+    wait, seen = list(todo), 0
+    for events in engine.run(lambda n, idle: [wait.pop(0) for _ in range(min(n, len(wait)))], 2, 64):
+        seen += 1
+        if seen == 3: todo[0].ended = "cancelled"
+    assert [len(q.out) for q in todo] == [3] + [40] * 5 and todo[1].ended == "length"
+
+def test_the_compiled_step_says_the_same(tok):
+    import shutil
+    if not (shutil.which("g++") or shutil.which("clang++")): pytest.skip("no C++ compiler")
+    e = make_engine(tok, n_kv_head=1)
+    prompts = [[tok.bos_id] * n for n in (1, 3, 20, 9)]
+    want = e.generate(prompts, 30, seed=3, tools=False)
+    e.compile = True
+    assert e.generate(prompts, 30, seed=3, tools=False) == want
+    assert e.generate(prompts, 30, seed=3, tools=False, batch_size=3) == want    # padded to four rows, refilled
 
 @pytest.mark.parametrize("kw,said", [
     (dict(prompts=[[]]), "prompt 0 is empty"), (dict(prompts=[[1], [1] * 65]), "prompt 1 has 65 tokens"),
     (dict(prompts=[[1, 9999]]), "prompt 0 holds a token id"), (dict(prompts=[[1]], temperature=-1), "temperature=-1"),
-    (dict(prompts=[[1]], top_k=0), "top_k=0"), (dict(prompts=[[1]], max_tokens=-5), "max_tokens=-5"),
+    (dict(prompts=[[1]], top_k=0), "top_k=0"), (dict(prompts=[[1]], top_p=1.5), "top_p=1.5"),
+    (dict(prompts=[[1]], temperature=[1, 2]), "2 temperatures for 1 prompts"), (dict(prompts=[[1]], max_tokens=-5), "max_tokens=-5"),
     (dict(prompts=[[1]], seed=[1, 2]), "2 seeds for 1 prompts")])
 def test_bad_input(engine, kw, said):
     with pytest.raises(NanochatError, match=said.replace("[", r"\[")): engine.generate(**kw)

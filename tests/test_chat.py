@@ -1,0 +1,69 @@
+"Chat: the command as a process, Ctrl-C in the middle of an answer, long conversations."
+import subprocess, sys
+from dataclasses import asdict
+import pytest, torch
+from nanochat_nb.chat import ChatWidget, Conversation, chat_loop, token_html
+from nanochat_nb.checkpoint import save_checkpoint
+from nanochat_nb.engine import Engine
+from nanochat_nb.model import GPT, GPTConfig
+from nanochat_nb.tokenizer import train_tokenizer
+
+TEXTS = [f"{i}+{j} 等于几？你好世界 hello, how much is it?" for i in range(10) for j in range(10)]
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tok = train_tokenizer(TEXTS, 300)
+    tok.save(folder/"tokenizer")
+    model = GPT(GPTConfig(2, 2, 2, 64, tok.vocab_size, 512))
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters(): p.normal_(0, .3, generator=g)
+    save_checkpoint(folder/"sft_checkpoints"/"d4", 7, model, meta=dict(config=asdict(model.cfg), tokenizer_hash=tok.hash))
+    return folder, Engine(model, tok)
+
+def chat(base, *args, **kw):
+    return subprocess.run([sys.executable, "-m", "nanochat_nb.chat", "--base_dir", base, "--device", "cpu", "--max_tokens", "30", *args],
+                          capture_output=True, text=True, encoding="utf-8", **kw)
+
+def test_command(base):
+    folder, engine = base
+    done = chat(folder, "--temperature", "0", "--dtype", "float32", input="你好\n/new\n你好\n/t 1\n/quit\nnever\n")
+    assert done.returncode == 0, done.stderr
+    want = engine.chat([{"role": "user", "content": "你好"}], max_tokens=30, temperature=0).replace("\r", "\n")  # a pipe read as text has no \r
+    assert done.stdout == f"{want}\n—\n{want}\ntemperature 1\n"
+    wrong = chat(folder, "--tag", "d9")
+    assert wrong.returncode == 2 and "no checkpoint" in wrong.stderr and "Traceback" not in wrong.stderr
+
+def test_ctrl_c_ends_the_answer_and_not_the_talk(base):
+    talk, out = Conversation(base[1], max_tokens=100, temperature=1.), []
+    def write(*a, **kw):
+        out.append("".join(a))
+        if len(out) == 4: raise KeyboardInterrupt
+    chat_loop(talk, ["hello", "/again"], write)
+    assert " …" in out and len(talk.messages) == 2 and len(out) > 6
+
+def test_many_turns_never_outgrow_the_context(base):
+    talk = Conversation(base[1], max_tokens=60, temperature=1.)
+    for i in range(25):
+        assert all(talk.ask(f"hello {i} " * 5))
+        assert len(talk.ids) <= 60
+    assert len(talk.messages) == 50 and "\ufffd" not in "".join(m["content"] for m in talk.messages)
+
+def test_seeds_advance(base):
+    a, b = (Conversation(base[1], max_tokens=20, temperature=1.5, seed=3) for _ in "ab")
+    first, second = "".join(a.ask("hello")), "".join(a.again())
+    assert first != second and ["".join(b.ask("hello")), "".join(b.again())] == [first, second]
+
+def test_widget_streams_and_shows_tokens(base, monkeypatch):
+    pytest.importorskip("ipywidgets")
+    plain, quiet = base[1].model.logits, torch.tensor(sorted(base[1].tok.special_ids))
+    monkeypatch.setattr(base[1].model, "logits", lambda x: plain(x).index_fill(-1, quiet, -torch.inf))  # text only
+    window, seen = ChatWidget(base[1], lang="en", temperature=1.0, max_tokens=30), []
+    window.log.observe(lambda c: seen.append(c.new), "value")
+    window.text.value = "<b>hello</b>"
+    assert len(seen) > 5 and "<b>" not in window.log.value and window.text.value == ""
+    window.tokens.value = True
+    assert window.log.value.endswith(token_html(base[1].tok, window.talk.ids))
+    window.text.value = "啊" * 600
+    assert "shorten it" in window.log.value and len(window.talk.messages) == 2

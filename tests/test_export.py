@@ -1,0 +1,79 @@
+"Export: the command, what transformers makes of it, and what cannot be read back."
+import json, os, shutil, subprocess, sys
+from dataclasses import asdict
+import pytest, torch
+from nanochat_nb.checkpoint import save_checkpoint
+from nanochat_nb.engine import Engine
+from nanochat_nb.export import export_hf, load_hf
+from nanochat_nb.model import GPT, GPTConfig
+from nanochat_nb.settings import NanochatError
+from nanochat_nb.tokenizer import train_tokenizer
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+transformers = pytest.importorskip("transformers")
+TEXTS = [f"{i}+{j} 等于几？你好世界 hello, how much is it?" for i in range(10) for j in range(10)]
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tok = train_tokenizer(TEXTS, 300)
+    tok.save(folder/"tokenizer")
+    model = GPT(GPTConfig(2, 2, 2, 64, tok.vocab_size, 96))
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters(): p.normal_(0, .3, generator=g)
+    save_checkpoint(folder/"sft_checkpoints"/"d4", 7, model, meta=dict(config=asdict(model.cfg), tokenizer_hash=tok.hash, settings={"source": "world"}))
+    return folder, model, tok
+
+def command(*args): return subprocess.run([sys.executable, "-m", "nanochat_nb.export", *map(str, args)], capture_output=True, text=True)
+
+def test_command_there_and_back(base, tmp_path):
+    folder, model, tok = base
+    done = command("--to", "hf", "--tag", "d4", "--stage", "sft", "--base_dir", folder, tmp_path/"out")
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in (tmp_path/"out").iterdir()) == ["README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert "world" in (tmp_path/"out"/"README.md").read_text(encoding="utf-8")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path/"out")
+    their_tok = transformers.AutoTokenizer.from_pretrained(tmp_path/"out")
+    ids = their_tok.apply_chat_template([{"role": "user", "content": "你好 hello"}], add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+    with torch.no_grad(): assert torch.allclose(theirs(ids).logits, model(ids), atol=1e-4)
+    out = theirs.generate(ids, max_new_tokens=30)[0, ids.size(1):].tolist()   # greedy, by generation_config.json
+    end = tok.special("assistant_end")
+    assert [t for t in out if t != end] == Engine(model, tok).generate(ids.tolist(), 30, temperature=0, tools=False, stop={end})[0]
+    done = command("--source", tmp_path/"out", "--tag", "again", "--base_dir", tmp_path/"base")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path/"base"/"sft_checkpoints"/"again"/"latest").exists()
+    again = command("--source", tmp_path/"out", "--tag", "again", "--base_dir", tmp_path/"base")
+    assert again.returncode == 2 and "choose another --tag" in again.stderr
+
+def test_command_says_what_is_wrong(base, tmp_path):
+    folder, _, _ = base
+    for args, said in (((), "name the folder"), (("--to", "gguf", tmp_path/"x"), "GGUF knows no architecture"), ((folder,), "not empty"),
+                       (("--tag", "d5", tmp_path/"x"), "no checkpoint"), (("--dtype", "int3", tmp_path/"x"), "unknown dtype"),
+                       (("--source", tmp_path/"none"), "none")):
+        done = command("--base_dir", folder, *args)
+        assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, (args, done.stderr)
+    assert list(tmp_path.iterdir()) == []                        # and nothing half written
+
+def test_half_precision_is_close(base, tmp_path):
+    _, model, tok = base
+    back, _ = load_hf(export_hf(model, tok, tmp_path/"half", dtype="bfloat16"))
+    for a, b in zip(model.parameters(), back.parameters()): assert torch.equal(a.bfloat16().float(), b)
+
+def test_damaged_folders(base, tmp_path):
+    _, model, tok = base
+    for name in ("weights", "missing", "shape", "tokenizer"): export_hf(model, tok, tmp_path/name)
+    (tmp_path/"weights"/"model.safetensors").write_bytes(b"x" * 100)
+    (tmp_path/"missing"/"model.safetensors").unlink()
+    config = json.loads((tmp_path/"shape"/"config.json").read_text()) | {"num_hidden_layers": 3}
+    (tmp_path/"shape"/"config.json").write_text(json.dumps(config))
+    (tmp_path/"tokenizer"/"tokenizer.json").unlink()
+    for name, said in (("weights", "model.safetensors"), ("missing", "model.safetensors"), ("shape", "disagree"), ("tokenizer", "tokenizer.json")):
+        with pytest.raises(NanochatError, match=said): load_hf(tmp_path/name)
+
+def test_an_unwritable_place_is_said(base, tmp_path, monkeypatch):
+    _, model, tok = base
+    def full(*a, **k): raise OSError(28, "No space left on device")
+    monkeypatch.setattr("nanochat_nb.export.save_file", full)
+    with pytest.raises(NanochatError, match="No space left"): export_hf(model, tok, tmp_path/"out")
+    assert list(tmp_path.iterdir()) == []

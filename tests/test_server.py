@@ -1,0 +1,200 @@
+"Server: real sockets, the openai client, many guests at once, guests who leave, a browser."
+import asyncio, gc, json, os, re, shutil, socket, statistics, subprocess, sys, threading, time
+from pathlib import Path
+import pytest, torch
+pytest.importorskip("fastapi"); pytest.importorskip("uvicorn"); httpx = pytest.importorskip("httpx")
+import uvicorn
+from nanochat_nb.engine import Engine
+from nanochat_nb.model import GPT, GPTConfig
+from nanochat_nb.server import ServerSettings, Worker, at_stop, make_app
+from nanochat_nb.tokenizer import train_tokenizer
+
+TEXTS = [f"{i}+{j} 等于几 how much is it 你好世界 hello 👋" for i in range(10) for j in range(10)]
+ASK = [{"role": "user", "content": "你好, hello"}]
+
+def babbler(seq_len=512, seed=0):
+    "A random model that never stops by itself: the longest and the oddest answers there are."
+    tok = train_tokenizer(TEXTS, 300)
+    model = GPT(GPTConfig(1, 2, 2, 32, tok.vocab_size, seq_len))
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters(): p.normal_(0, .4, generator=g)
+    plain, quiet = model.logits, torch.tensor(sorted(tok.special_ids))
+    model.logits = lambda x: plain(x).index_fill(-1, quiet, -torch.inf)
+    return Engine(model, tok)
+
+class Site:
+    "A server on a free port, in a thread of its own."
+    def __init__(self, **kw):
+        self.cfg = ServerSettings(**({"port": 0, "max_tokens": 400, "temperature": 1.0} | kw))
+        self.worker = Worker(babbler(), self.cfg.rows)
+        self.sock = socket.create_server(("127.0.0.1", 0), backlog=2048)
+        self.url = f"http://127.0.0.1:{self.sock.getsockname()[1]}"
+        self.server = uvicorn.Server(uvicorn.Config(make_app(self.worker, self.cfg, "toy"), log_level="error", timeout_graceful_shutdown=1))
+        self.thread = threading.Thread(target=lambda: self.server.run([self.sock]), daemon=True)
+        self.thread.start()
+        for _ in range(200):
+            if self.server.started: break
+            time.sleep(.05)
+    def load(self): return (h := httpx.get(self.url + "/health").json())["running"], h["waiting"]
+    def calm(self, seconds=10):
+        "Wait until nothing runs."
+        end = time.time() + seconds
+        while self.load() != (0, 0) and time.time() < end: time.sleep(.05)
+        return self.load() == (0, 0)
+    def close(self):
+        self.server.should_exit = True
+        self.thread.join(10)
+        self.worker.close()
+
+@pytest.fixture(scope="module")
+def site():
+    s = Site()
+    yield s
+    s.close()
+    assert not s.thread.is_alive() and not s.worker.thread.is_alive()
+
+
+def test_openai_client(site):
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=site.url + "/v1", api_key="none")
+    assert [m.id for m in client.models.list()] == ["toy"]
+    talk = dict(model="toy", messages=ASK, max_tokens=60, seed=7)
+    whole = client.chat.completions.create(**talk)
+    assert whole.choices[0].finish_reason == "length" and whole.usage.completion_tokens == 60
+    pieces = list(client.chat.completions.create(**talk, stream=True, stream_options={"include_usage": True}))
+    said = "".join(p.choices[0].delta.content or "" for p in pieces if p.choices)
+    assert said == whole.choices[0].message.content and "\ufffd" not in said
+    assert pieces[-1].usage.completion_tokens == 60 and pieces[-2].choices[0].finish_reason == "length"
+    more = ASK + [{"role": "assistant", "content": "hi"}, {"role": "user", "content": "再说一遍"}]
+    assert client.chat.completions.create(**talk | dict(messages=more)).choices[0].message.content
+    end = next(c for c in said[5:] if said.index(c) > 2)
+    cut = client.chat.completions.create(**talk, stop=[end])
+    assert cut.choices[0].message.content == said[:said.index(end)] and cut.choices[0].finish_reason == "stop"
+    with pytest.raises(openai.BadRequestError, match="temperature=-1"): client.chat.completions.create(**talk, temperature=-1)
+    with pytest.raises(openai.BadRequestError, match="roles alternate"):
+        client.chat.completions.create(**talk | dict(messages=[{"role": "assistant", "content": "hi"}]))
+
+def test_stop_strings_split_over_pieces():
+    for stops, want in ((["END"], "ab"), (["EN", "abEX"], "ab"), (["X"], "abENDc"), (["c"], "abEND")):
+        shown, held, met = "", "", False
+        for c in "abENDc":
+            text, held, met = at_stop(held + c, stops)
+            shown += text
+            if met: break
+        assert shown + ("" if met else held) == want
+
+
+async def first_piece(url, i):
+    "Seconds until the first text of a streamed answer, which is then read to its end."
+    start, first = time.perf_counter(), 0.0
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
+    body = json.dumps({"messages": ASK, "stream": True, "max_tokens": 100, "seed": i}).encode()
+    writer.write(POST % (len(body), body))
+    async for line in reader:
+        if b'"content"' in line and b'"content": ""' not in line: first = first or time.perf_counter() - start
+        if b"[DONE]" in line: break
+    writer.close()
+    return first
+
+POST = (b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n%s")
+
+async def crowd(url): return await asyncio.gather(*(first_piece(url, i) for i in range(32)))
+
+def test_no_stream_starves(site):
+    "The guests are a process of their own, so that they do not take turns with the server."
+    program = "import asyncio, json, sys; from test_server import crowd; print(json.dumps([asyncio.run(crowd(sys.argv[1])) for _ in range(2)]))"
+    done = subprocess.run([sys.executable, "-c", program, site.url], cwd=Path(__file__).parent, capture_output=True, text=True)
+    first = sorted(json.loads(done.stdout)[1])                   # the first crowd warms up
+    assert len(first) == 32 and first[0] > 0 and first[-1] <= 3 * statistics.median(first), first
+
+def leave(url, n, streamed=True):
+    "n guests who hang up: some at once, some after a few pieces."
+    async def guest(i):
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
+        body = json.dumps({"messages": ASK, "stream": streamed, "max_tokens": 400}).encode()
+        writer.write(POST % (len(body), body))
+        await writer.drain()
+        if i % 4: await asyncio.wait_for(reader.read(300), 60) if streamed else await asyncio.sleep(.02)
+        writer.transport.abort()
+    async def main():
+        for k in range(0, n, 50): await asyncio.gather(*(guest(i) for i in range(k, min(n, k + 50))))
+    asyncio.run(main())
+
+def memory(): return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 if Path("/proc/self/statm").exists() else 0
+
+@pytest.mark.parametrize("n", [int(os.environ.get("N_ABORTS", 200))])
+def test_guests_who_leave_leave_nothing(site, n):
+    leave(site.url, 60); leave(site.url, 20, streamed=False)
+    assert site.calm()
+    gc.collect()
+    objects, used, threads = len(gc.get_objects()), memory(), threading.active_count()
+    leave(site.url, n); leave(site.url, n // 10, streamed=False)
+    assert site.calm()
+    gc.collect()
+    assert len(gc.get_objects()) - objects < 5 * n ** .5 + 1000 and memory() - used < 30e6 and threading.active_count() <= threads + 2
+    assert not site.worker.running or all(q.ended for q in site.worker.running)
+    r = httpx.post(site.url + "/v1/chat/completions", json={"messages": ASK, "max_tokens": 9}, timeout=60)
+    assert r.json()["usage"]["completion_tokens"] == 9            # and the server is as good as new
+
+def test_limits():
+    site = Site(rows=1, queue=1, api_key="open sesame")
+    try:
+        def post(key="open sesame", **kw):
+            head = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+            return httpx.post(site.url + "/v1/chat/completions", headers=head, timeout=60, **kw)
+        assert post("wrong", json={}).json()["error"]["code"] == "invalid_api_key"
+        assert httpx.get(site.url + "/v1/models").status_code == 401 and httpx.get(site.url + "/health").status_code == 200
+        assert post(json={"messages": ASK, "max_tokens": 401}).status_code == 400
+        assert post(content=b'{"messages": "' + b"x" * 1_000_100 + b'"}').status_code == 413
+        results = []
+        guests = [threading.Thread(target=lambda: results.append(post(json={"messages": ASK}).status_code)) for _ in range(12)]
+        for g in guests: g.start()
+        for g in guests: g.join()
+        assert results.count(429) >= 1 and results.count(200) >= 2 and len(results) == 12, results
+    finally: site.close()
+
+def test_an_engine_that_fails_says_so(capfd):
+    site = Site(rows=2)
+    site.worker.engine.model.head = None
+    try:
+        r = httpx.post(site.url + "/v1/chat/completions", json={"messages": ASK}, timeout=60)
+        assert r.status_code == 500 and r.json()["error"]["code"] == "engine"
+        assert httpx.get(site.url + "/health").status_code == 503
+        assert "the engine stopped" in httpx.post(site.url + "/v1/chat/completions", json={"messages": ASK, "stream": True}, timeout=60).text
+    finally: site.close()
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+@pytest.mark.skipif(not CHROMIUM, reason="no chromium")
+def test_page_in_a_browser(site, tmp_path):
+    sync = pytest.importorskip("playwright.sync_api")
+    with sync.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"])
+        page = browser.new_page(viewport={"width": 900, "height": 640}, locale="zh-CN")
+        problems, asked = [], []
+        page.on("pageerror", lambda e: problems.append(str(e)))
+        page.on("console", lambda m: problems.append(m.text) if m.type == "error" and "favicon" not in str(m.location) else None)
+        page.on("request", lambda r: asked.append(r.url))
+        page.goto(site.url)
+        assert page.inner_text("#send") == "发送"
+        page.fill("#text", "你好 <b>world</b>"); page.press("#text", "Enter"); page.locator("#stop:enabled").wait_for()
+        page.locator("#stop:disabled").wait_for(timeout=30000)
+        assert page.locator(".assistant").count() == 1
+        said = page.inner_text(".assistant")
+        assert len(said) > 50 and "\ufffd" not in said and page.inner_text(".user") == "你好 <b>world</b>"
+        page.click("#again"); page.locator("#stop:enabled").wait_for()
+        page.locator("#stop:disabled").wait_for(timeout=30000)
+        assert page.locator(".assistant").count() == 1
+        page.click("#lang")
+        assert page.inner_text("#send") == "Send"
+        page.fill("#text", "more"); page.click("#send"); page.wait_for_selector(".assistant >> nth=1"); page.click("#stop")
+        page.locator("#stop:disabled").wait_for()
+        page.screenshot(path=os.environ.get("SCREENSHOT", str(tmp_path/"page.png")))
+        page.click("#fresh")
+        assert page.locator(".m").count() == 0 and not problems
+        assert all(u.startswith(site.url) for u in asked)             # nothing from elsewhere
+        browser.close()
+    assert site.calm()
