@@ -111,7 +111,8 @@ class Next:
             s = (q.unflatten(2, (k.size(2), -1)) * k[:, :, :, None]).sum(-1, dtype=torch.float32) * scale
             p = s.masked_fill(~mask[:, 0, 0, :, None, None], -torch.inf).softmax(1)
             return (p[..., None] * v[:, :, :, None]).sum(1, keepdim=True).flatten(2, 3).to(q.dtype)
-        with torch.autocast(q.device.type, enabled=False): return attention(q.to(k.dtype), k, v, mask, scale).to(q.dtype)
+        with torch.autocast(q.device.type, enabled=False):
+            return attention(q.to(k.dtype), k, v, mask, scale).to(q.dtype)
 
 # %% ../nbs/05_engine.ipynb #1a83596d
 _GATE = re.compile(r"""(?:[0-9 .+\-*/%()\[\],]|"[^"\\]*"|'[^'\\]*'|count|len)*""")

@@ -366,6 +366,8 @@ def put(self: KVCache, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> t
     for store, new in ((self.k[layer], k), (self.v[layer], v)): store[rows, positions] = new.to(store.dtype)
     return self.k[layer, :, :end].to(k.dtype), self.v[layer, :, :end].to(v.dtype)
 
+
+# %% ../nbs/02_model.ipynb #02c0c476
 @patch
 def attend(self: KVCache, layer: int, positions: Tensor, mask: Tensor | None, q, k, v, chunk: int, scale: float):
     "Attention of the new tokens to themselves and to all that is held, (B,T,H,D)."
