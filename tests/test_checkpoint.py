@@ -10,6 +10,7 @@ def in_child(f) -> int:
     "Run `f` in a forked child; its wait status."
     pid = os.fork()
     if pid == 0:
+        torch.set_num_threads(1)      # a forked child has lost the pool of threads and would wait for it
         try: f()
         except BaseException as e: print(repr(e)); os._exit(1)
         os._exit(0)
@@ -80,6 +81,7 @@ def test_killed_while_the_thread_writes(tmp_path):
         r, said = os.pipe()
         pid = os.fork()
         if pid == 0:
+            torch.set_num_threads(1)                              # a forked child has lost the pool of threads
             try: train(said)
             finally: os._exit(1)
         os.close(said)
