@@ -90,7 +90,10 @@ def _join(kind: str, rank: int, world: int, local: int, on_node: int) -> torch.d
     elif on_node > 1: torch.set_num_threads(max(1, _cores() // on_node))
     if world > 1 and not dist.is_initialized():
         if on_node == world: os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")   # or ranks started again would read old addresses
+        store = dist.PrefixStore(f"attempt_{attempt}", next(dist.rendezvous("env://"))[0])
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=world,
+                                device_id=device if kind == "cuda" else None)
     return device
 
 # %% ../nbs/02b_runtime.ipynb #973c1cea
