@@ -127,7 +127,7 @@ def _pull(url: str, f, info: dict, timeout: float, stop: threading.Event, tell: 
         with _rest(url, f, have, note.get("tag", ""), timeout) as r:
             tag = r.headers["ETag"] or ""
             new = {"version": version, "tag": "" if tag.startswith("W/") else tag}
-            if new != note: write_json(_note(part), new)
+            if new != note: _note(part).write_text(json.dumps(new))   # torn by a kill it reads as unknown: begin anew
             now = _size(part)
             while piece := r.read1(1 << 20):
                 if stop.is_set(): raise _Retry("stopped")
@@ -185,6 +185,7 @@ def fetch(
         try:
             info = remote_info(url, timeout)
             if not _same(path, info): _bring(url, path, info, timeout, stop, tell)
+            elif not part.exists(): _note(part).unlink(missing_ok=True)   # of a process killed just before it did so
             return info
         except Exception as e: why, after = _reason(e, url, part)
         fails = 1 if _size(part) > had else fails + 1
