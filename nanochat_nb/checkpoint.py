@@ -153,8 +153,8 @@ class Saver:
     ):
         "Copy the state of this moment; rank 0 writes `folder/step_NNNNNN` while training goes on."
         self.wait(); self.begun = True
-        if not is_main(): return
         model, optimizer = (x.state_dict() if hasattr(x, "state_dict") else x for x in (model, optimizer))
+        if not is_main(): return
         copies = [snapshot(x, m) for x, m in zip((model, {"optimizer": optimizer, "rng": rng_state()}), self.memory)]
         self.job = self.pool.submit(_save, Path(folder), step, *copies, dict(meta), keep)
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import torch
 from fastcore.basics import patch
-from .settings import (NanochatError, atomic_path, base_folder, from_notebook, run_main, write_json,
+from .settings import (NanochatError, atomic_path, base_folder, from_notebook, read_json, run_main, write_json,
                                   write_yaml)
 from .data import find_data, iter_texts
 from .tokenizer import Tokenizer, TokenizerSettings, prepare_tokenizer
@@ -120,25 +120,62 @@ class Trainer:
         if self.short and not cfg.dtype: rt.dtype = torch.float32
         if rt.device.type == "cuda": self.model.loss_chunk = 2**29  # scores held at once: 2 GiB
         self.loader, self.saver = Prefetch(self.loader, rt.device), Saver()
+        self.fits, self.memory_file = False, base_folder(cfg.base_dir) / "memory.json"
+        self.known_rows = read_json(self.memory_file) if self.memory_file.exists() else {}
+        fits = self.known_rows.get(self.memory_key(), self.micro_rows)
+        if fits < self.micro_rows: print0(f"{fits} rows at a time, as {self.memory_file} remembers; delete it to try more")
+        self.micro_rows = min(self.micro_rows, fits)
         names = ("matrix_lr", "embedding_lr", "unembedding_lr", "weight_decay", "muon_beta2", "lr_scale")
         self.opt = make_optimizer(self.model, dtype=rt.dtype, **{k: getattr(cfg, k) for k in names})
 
 # %% ../nbs/03_pretrain.ipynb #020d1293
 @patch
-def gradients(self: Trainer, model, x, y) -> torch.Tensor: # mean loss over the targets of all ranks, a scalar
-    "Gradients of that mean loss, one micro-batch at a time, the same on every rank."
-    count = (y >= 0).sum().float()
-    all_reduce_mean([count])
+def accumulate(self: Trainer, model, x, y, count) -> torch.Tensor: # this rank's part of the mean loss
+    "Gradients of that part, one micro-batch at a time."
     total = torch.zeros((), device=self.rt.device)
     scale = 256 * count if self.model.fp8 else 1.0  # gradients about 1, which eight bits can hold
     for a, b in zip(x.split(self.micro_rows), y.split(self.micro_rows)):
         with self.rt.autocast(): loss = model(a, b, reduction="sum") / count.clamp(min=1)
         (loss * scale).backward()
         total += loss.detach()
-    grads = [p.grad for p in self.model.parameters()]
-    if self.model.fp8: torch._foreach_mul_(grads, 1 / scale)
-    all_reduce_mean(grads + [total])
+    if self.model.fp8: torch._foreach_mul_([p.grad for p in self.model.parameters()], 1 / scale)
     return total
+
+@patch
+def gradients(self: Trainer, model, x, y) -> torch.Tensor: # mean loss over the targets of all ranks, a scalar
+    "That mean loss, and this rank's part of its gradients; the optimiser averages those over the ranks."
+    count = (y >= 0).sum().float()
+    all_reduce_mean([count])
+    total = (self.accumulate if self.fits else self.fit_rows)(model, x, y, count)
+    all_reduce_mean([total])
+    return total
+
+# %% ../nbs/03_pretrain.ipynb #dbaf1d7c
+@patch
+def memory_key(self: Trainer) -> str:
+    "What decides how many rows fit."
+    c, where = self.model.cfg, self.rt.device
+    name = torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
+    return f"{name}, {c.arch} {c.n_layer} x {c.n_embd}, {c.vocab_size} x {c.seq_len}, {self.rt.dtype}, {self.cfg.activation_budget}"
+
+@patch
+def fit_rows(self: Trainer, model, x, y, count) -> torch.Tensor: # as of `accumulate`
+    "The first step: fewer rows at a time until memory suffices on every rank."
+    short = torch.zeros((), device=self.rt.device)
+    try: total = self.accumulate(model, x, y, count)
+    except torch.OutOfMemoryError: short += 1
+    all_reduce_mean([short])
+    self.fits = not short.item()
+    if self.fits: return total
+    self.opt.zero_grad(set_to_none=True)
+    fewer = [r for r in range(1, self.micro_rows) if len(x) % r == 0]
+    if not fewer: raise NanochatError(f"not even one row of {x.size(1)} tokens fits in memory; lower depth or seq_len, "
+                                      f"or set activation_budget (now {self.cfg.activation_budget}) to 0.5")
+    print0(f"memory: {self.micro_rows} rows at a time are too many; trying {fewer[-1]}")
+    self.micro_rows = fewer[-1]
+    if self.rt.is_main: write_json(self.memory_file, self.known_rows | {self.memory_key(): self.micro_rows})
+    if self.rt.device.type == "cuda": torch.cuda.empty_cache()
+    return self.fit_rows(model, x, y, count)
 
 # %% ../nbs/03_pretrain.ipynb #ac31f1b7
 @patch

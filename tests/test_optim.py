@@ -139,3 +139,46 @@ def test_cuda_compiled_equals_eager():
             loss = model(x[:, :-1], x[:, 1:]); loss.backward(); opt.step(); opt.zero_grad()
         return loss.item()
     assert abs(run(True) - run(False)) < 0.05
+
+def _ranks(rank, world, folder):
+    "One of several ranks: three steps on its share of the rows, the state saved whole, loaded, two more steps."
+    import torch.distributed as dist
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet{world}", rank=rank, world_size=world)
+    model, opt = make()
+    def steps(which):
+        for i in which:
+            set_schedule(opt, i, 8)
+            x = torch.randint(64, (12, 17), generator=torch.Generator().manual_seed(i))[rank::world]
+            model(x[:, :-1], x[:, 1:]).backward(); opt.step(); opt.zero_grad()
+    steps(range(3))
+    state = opt.state_dict()
+    held = sum(v.numel() for s in opt.state.values() for v in s.values())
+    sent = [copy.deepcopy(state)]
+    dist.broadcast_object_list(sent)
+    opt = make_optimizer(model, weight_decay=.1)
+    opt.load_state_dict(sent[0])
+    steps(range(3, 5))
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    everyone = [torch.empty_like(weights) for _ in range(world)]
+    dist.all_gather(everyone, weights)
+    assert all(w.equal(weights) for w in everyone)                     # every rank has the same model
+    torch.save((weights, state, held), f"{folder}/{world}-{rank}.pt")
+    dist.destroy_process_group()
+
+def test_ranks_share_the_state_and_move_as_one(tmp_path):
+    import torch.multiprocessing as mp
+    seen = {}
+    for world in (1, 2, 3):
+        mp.spawn(_ranks, (world, str(tmp_path)), world)
+        seen[world] = [torch.load(tmp_path/f"{world}-{r}.pt") for r in range(world)]
+    weights, state, whole = seen[1][0]
+    for world in (2, 3):
+        assert (seen[world][0][0] - weights).norm() < 2e-5 * weights.norm()
+        got = seen[world][0][1]["state"]                               # rank 0's is whole, in the form of one rank
+        assert {i: {k: v.shape for k, v in s.items()} for i, s in got.items()} == \
+               {i: {k: v.shape for k, v in s.items()} for i, s in state["state"].items()}
+        for i, s in state["state"].items():
+            for k, v in s.items(): assert (got[i][k] - v).norm() <= 1e-4 * v.norm()
+        held = [h for *_, h in seen[world]]
+        assert max(held) < 1.3 * whole / world and sum(held) < whole + 99   # each holds its share, none twice
