@@ -181,4 +181,4 @@ def test_ranks_share_the_state_and_move_as_one(tmp_path):
         for i, s in state["state"].items():
             for k, v in s.items(): assert (got[i][k] - v).norm() <= 1e-4 * v.norm()
         held = [h for *_, h in seen[world]]
-        assert max(held) < 1.3 * whole / world and sum(held) < whole + 99   # each holds its share, none twice
+        assert max(held) < 0.55 * whole and sum(held) < whole + 99         # shares, none twice (a stack of 2 makes 2 shares)
