@@ -204,10 +204,11 @@ def load_engine(
     stage: str = "",          # base, mid or sft; empty: the last one there is
     tag: str = "",            # e.g. d4; empty: the one written last
     runtime=None,             # empty: the best device
+    step: int | None = None,  # None: the latest
 ) -> Engine:
     "A model that answers, with the tokenizer it was trained with."
     runtime, folder = runtime or init_runtime(), find_checkpoint(base, stage, tag)
-    model, meta = load_model(folder, device=runtime.device)
+    model, meta = load_model(folder, step, runtime.device)
     tok = Tokenizer.load(base_folder(base) / "tokenizer")
     check_same_tokenizer(meta, tok.hash)
     return Engine(model, tok, runtime)
