@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FORMS', 'BUNDLE', 'write_bundle', 'open_bundle', 'read_tasks', 'texts', 'alike', 'Question', 'questions', 'Shared',
            'score_batch', 'sit', 'task_row', 'core_of', 'world_bundle', 'CoreSettings', 'examine', 'run_core',
-           'core_markdown', 'main']
+           'core_markdown', 'read_run', 'comparison', 'plot_runs', 'CompareSettings', 'compare', 'main',
+           'compare_flags']
 
 # %% ../nbs/06a_core.ipynb #684be8c4
 import csv, hashlib, json, math, random, sys, tempfile, time, zipfile
@@ -23,7 +24,7 @@ from .model import attention
 from .runtime import Metrics, barrier, broadcast_object, close_runtime, init_runtime, print0, read_metrics
 from .checkpoint import latest_step, steps_in
 from .engine import Engine
-from .evals import find_checkpoint, load_engine, wilson, world_of
+from .evals import exam_rows, find_checkpoint, load_engine, stage_record, wilson, world_of
 
 # %% ../nbs/06a_core.ipynb #e951a334
 FORMS = {"multiple_choice": ("query", "choices", "gold"), "schema": ("context_options", "continuation", "gold"),
@@ -358,9 +359,90 @@ def core_markdown(report: dict) -> str:
     return "\n".join([*out, f"| **CORE** | | | | {' | '.join(total)} |"]) + "\n"
 
 # %% ../nbs/06a_core.ipynb #f189dd43
+def read_run(
+    path: str | Path,  # a folder of checkpoints like …/base_checkpoints/d4, or a base folder with one run
+) -> dict:             # name, stage_record's entries, rows (metrics), scores: {name: [score, low, high]}
+    "What a run left behind."
+    p = Path(path).expanduser()
+    if not p.is_dir(): raise NanochatError(f"{p} is no folder; name one like …/base_checkpoints/d4, or a base folder")
+    p = p if (p / "metrics.jsonl").exists() else find_checkpoint(p, "base")
+    base, stage, tag = p.parent.parent.resolve(), p.parent.name.removesuffix("_checkpoints"), p.name
+    record, scores, report = stage_record(base, stage, tag), {}, base / "report" / "report.json"
+    if not record: raise NanochatError(f"{p / 'metrics.jsonl'} has no training steps; name the folder of a run")
+    if report.exists() and (r := read_json(report))["tag"] == tag:
+        for lang, table in r["exams"].get(stage, {}).items():
+            scores |= {f"{lang} {k}": [x["acc"], *x["ci95"]] for k, x in exam_rows(table).items()}
+    cores = read_json(q)["runs"] if (q := base / "report" / "core.json").exists() else {}
+    scores |= {"CORE": [c["core"], *c["ci95"]] for k, c in cores.items() if k.startswith(f"{stage} {tag}@")}
+    return record | dict(name=f"{base.name}/{stage}/{tag}", scores=scores, rows=read_metrics(p / "metrics.jsonl"))
+
+# %% ../nbs/06a_core.ipynb #152de8f9
+def comparison(
+    runs: list[dict],    # of `read_run`
+    price: float = 0.0,  # dollars a GPU-hour
+) -> str:
+    "Runs side by side as a page; a score is bold where its interval lies clear above all others."
+    line = lambda name, cells: f"| {name} | {' | '.join(map(str, cells))} |"
+    out = [line("", (r["name"] for r in runs)), "|---" * (len(runs) + 1) + "|"]
+    for k in dict.fromkeys(k for r in runs for k in r.get("settings", {})):
+        values = [r.get("settings", {}).get(k, "") for r in runs]
+        if len(set(map(str, values))) > 1: out.append(line(f"`{k}`", values))
+    for k in dict.fromkeys(k for r in runs for k in r["scores"]):
+        known = [r["scores"].get(k) for r in runs]
+        top = lambda x: len(runs) > 1 and all(y is x or y and y[2] < x[1] for y in known)
+        text = lambda x: f"{'**' * top(x)}{x[0]:.3f}{'**' * top(x)} ({x[1]:.2f} – {x[2]:.2f})" if x else ""
+        out.append(line(k, map(text, known)))
+    for l in ("zh", "en"):
+        out.append(line(f"bits a byte {l}", (f"{r['bpb'][l]:.4f}" if l in r["bpb"] else "" for r in runs)))
+    for k in ("loss", "tokens", "tokens_per_s", "seconds"): out.append(line(k, (f"{r[k]:,.6g}" for r in runs)))
+    out.append(line("on", (f"{r.get('ranks', 1)} × {r.get('hardware') or '?'}" for r in runs)))
+    cost = (f"${r['seconds'] * r.get('ranks', 1) / 3600 * price:,.2f}" for r in runs)
+    return "\n".join(out + ([line("cost", cost)] if price else [])) + "\n"
+
+# %% ../nbs/06a_core.ipynb #02b55b07
+def plot_runs(runs: list[dict]):
+    "Bits a byte (the loss where they were not measured) over tokens, a colour a run."
+    import matplotlib.pyplot as plt
+    keys = [k for k in ("bpb_zh", "bpb_en") if any(k in x for r in runs for x in r["rows"])] or ["loss"]
+    fig, axes = plt.subplots(1, len(keys), figsize=(3.2 * len(keys), 2.6), squeeze=False)
+    for ax, key in zip(axes[0], keys):
+        for r in runs:
+            pts = [(x["step"] * r["tokens"] / r["steps"], x[key]) for x in r["rows"] if x.get(key) is not None]
+            ax.plot(*zip(*pts), "o-" if len(pts) < 50 else "-", ms=3, lw=1, label=r["name"]) if pts else None
+        ax.set(xlabel="tokens", title=key)
+    axes[0, 0].legend(fontsize=7, frameon=False)
+    fig.tight_layout(); plt.close(fig)
+    return fig
+
+# %% ../nbs/06a_core.ipynb #49ae35d4
+@dataclass
+class CompareSettings:
+    "Settings of the comparison."
+    runs: str = ""      # folders, separated by commas: …/base_checkpoints/d4, or base folders
+    price: float = 0.0  # dollars a GPU-hour; 0: no cost
+    out: str = "."      # where compare.md and compare.png go
+
+def compare(cfg: CompareSettings) -> str: # the page
+    "Set runs side by side."
+    runs, out = [read_run(p.strip()) for p in cfg.runs.split(",") if p.strip()], Path(cfg.out).expanduser()
+    if not runs: raise NanochatError("no runs to compare; say python -m nanochat_nb.core compare RUN RUN")
+    page, fig = comparison(runs, cfg.price), plot_runs(runs)
+    with atomic_path(out / "compare.png") as tmp: fig.savefig(tmp, format="png", dpi=120)
+    page += "\n![compare.png](compare.png)\n"
+    with atomic_path(out / "compare.md") as tmp: tmp.write_text(page, encoding="utf-8")
+    return page
+
+# %% ../nbs/06a_core.ipynb #653790ce
 def main(cfg: CoreSettings):
     "CORE of a run; prints the table."
     print0(core_markdown(run_core(cfg)))
     close_runtime()
 
-if __name__ == "__main__" and "get_ipython" not in globals(): run_main(main, CoreSettings)
+def compare_flags(argv: list[str]) -> list[str]: # for `from_flags`
+    "Folders at the beginning get their name."
+    n = next((i for i, a in enumerate(argv) if a.startswith("-")), len(argv))
+    return ["--runs", ",".join(argv[:n])] * bool(n) + argv[n:]
+
+if __name__ == "__main__" and "get_ipython" not in globals():
+    if sys.argv[1:2] == ["compare"]: run_main(lambda c: print(compare(c)), CompareSettings, compare_flags(sys.argv[2:]))
+    else: run_main(main, CoreSettings)

@@ -181,6 +181,25 @@ def test_a_killed_run_goes_on(base, tok, monkeypatch):
     run_core(cfg)
     assert len(asked) == 13 + 6                                     # other weights are another model
 
+def test_compare_on_the_command_line(base, tmp_path):
+    for tag, lr in (("d2", 1.0), ("d3", .5)):
+        folder = base/"base_checkpoints"/tag
+        rows = [dict(step=s, loss=3 - lr * s / 9, tokens=100 * (s + 1), seconds=float(s), tok_per_s=100.) for s in range(9)]
+        (folder/"metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        (folder/"settings.yaml").write_text(f"lr_scale: {lr}\nseed: 1\n")
+    run_core(CoreSettings(base_dir=str(base), tag="d2,d3", device="cpu", dtype="float32"))
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    cmd = [sys.executable, "-m", "nanochat_nb.core", "compare", base/"base_checkpoints/d2", base/"base_checkpoints/d3", "--out", tmp_path/"o", "--price", "3600"]
+    done = subprocess.run([*map(str, cmd)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "| `lr_scale` | 1.0 | 0.5 |" in done.stdout and "seed" not in done.stdout and "| cost | $8.00 | $8.00 |" in done.stdout
+    cores = [r["core"] for r in read_json(base/"report/core.json")["runs"].values()]
+    assert all(f"{c:.3f}" in next(l for l in done.stdout.splitlines() if l.startswith("| CORE")) for c in cores)
+    assert sorted(os.listdir(tmp_path/"o")) == ["compare.md", "compare.png"]
+    assert (tmp_path/"o/compare.md").read_text(encoding="utf-8") in done.stdout
+    done = subprocess.run([*map(str, cmd[:4]), str(base/"none")], env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and "none is no folder" in done.stderr and done.stderr.count("\n") == 1
+
 @pytest.mark.parametrize("args, said", [
     (["--depth", "7"], "there are base d2, base d3"), (["--stage", "bas"], "did you mean 'base'"), (["--tag", "d2@x"], "no step x; there are 5"),
     (["--tag", "d2@4"], "d2 has no step 4; there are 5"), (["--tasks", "zh_fact"], "did you mean 'zh_facts'"), (["--bundel", "x"], "did you mean 'bundle'"),
