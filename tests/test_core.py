@@ -208,3 +208,62 @@ def test_bad_settings_are_one_line(base, args, said):
     try: cfg = from_flags(CoreSettings, ["--base_dir", str(base), "--device", "cpu", *args])
     except NanochatError as e: assert said in str(e); return
     says(said, run_core, cfg)
+
+
+# ---- the same questions by lm-eval ---------------------------------------------------------------------------------
+
+def taught(tok, seq_len=96):
+    "A model that has read a small world's entries for a hundred steps."
+    from nanochat_nb.optim import make_optimizer, set_schedule
+    text = [t for d in corpus(WORLD, 200_000) if d["kind"] == "entry" for t in [tok.bos_id] + tok.encode(d["text"])]
+    rows = torch.tensor(text[:len(text) // (seq_len + 1) * (seq_len + 1)]).view(-1, seq_len + 1)
+    model, g = GPT(config_from_depth(2, tok.vocab_size, seq_len)), torch.Generator().manual_seed(0)
+    opt = make_optimizer(model)
+    for step in range(100):
+        set_schedule(opt, step, 100, warmdown=.5)
+        batch = rows[torch.randint(len(rows), (10,), generator=g)]
+        model(batch[:, :-1], batch[:, 1:]).backward(); opt.step(); opt.zero_grad()
+    return model.eval()
+
+TASK = """task: facts
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {path}}}}}
+output_type: multiple_choice
+test_split: test
+num_fewshot: 0
+doc_to_text: "{{{{query}}}}"
+doc_to_choice: choices
+doc_to_target: gold
+target_delimiter: "\\n"
+metric_list: [{{metric: acc}}]
+"""
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install lm-eval")
+def test_lm_eval_makes_the_same_choices(tmp_path, tok, monkeypatch):
+    for k in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"): monkeypatch.setenv(k, "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path/"hf"))
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    folder = world_bundle(tmp_path/"bundle", WORLD, n=60)
+    task = read_tasks(folder, "en_facts")[0] | dict(shots=0)
+    model = taught(tok)
+    path = tmp_path/"facts.jsonl"
+    path.write_text("".join(json.dumps(x) + "\n" for x in task["items"]))
+    (tmp_path/"yaml").mkdir()
+    (tmp_path/"yaml/facts.yaml").write_text(TASK.format(path=path))
+    lm = HFLM(pretrained=str(export_hf(model, tok, tmp_path/"hf_model", stage="base")), device="cpu", batch_size=16, add_bos_token=True, dtype="float32")
+    out = simple_evaluate(lm, tasks=["facts"], task_manager=TaskManager(include_path=str(tmp_path/"yaml")), log_samples=True, bootstrap_iters=0)
+    theirs = {s["doc"]["query"] + str(s["doc"]["choices"]): [float(r[0]) for r in s["filtered_resps"]] for s in out["samples"]["facts"]}
+    qs = questions(tok, task, range(len(task["items"])), 96)
+    right, same = 0, 0
+    for x, q, options in zip(task["items"], qs, score_batch(Engine(model, tok), qs)):
+        a = [-nll * (len(r) - s) for (nll, _), r, s in zip(options, q.rows, q.starts)]     # log-likelihood of what differs
+        b = theirs[x["query"] + str(x["choices"])]
+        assert [v - a[0] for v in a] == pytest.approx([v - b[0] for v in b], abs=2e-3)
+        same += a.index(max(a)) == b.index(max(b)); right += a.index(max(a)) == x["gold"]
+    ours, n = sum(sit(Engine(model, tok), task)[0]), len(qs)
+    acc = out["results"]["facts"]["acc,none"]
+    print(f"{n} questions: lm-eval acc {acc:.4f}, the same by sums {right / n:.4f} ({same} of {n} choices), by means a token {ours / n:.4f}")
+    assert same == n and acc == pytest.approx(right / n) and acc > .3
+    assert abs(ours / n - acc) < 2 * (.25 / n) ** .5                                       # means a token: within sampling error
