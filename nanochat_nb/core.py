@@ -409,7 +409,7 @@ def plot_runs(runs: list[dict]):
         for r in runs:
             pts = [(x["step"] * r["tokens"] / r["steps"], x[key]) for x in r["rows"] if x.get(key) is not None]
             ax.plot(*zip(*pts), "o-" if len(pts) < 50 else "-", ms=3, lw=1, label=r["name"]) if pts else None
-        ax.set(xlabel="tokens", title=key)
+        ax.set(xlabel="tokens", title=key); ax.locator_params(axis="x", nbins=4)
     axes[0, 0].legend(fontsize=7, frameon=False)
     fig.tight_layout(); plt.close(fig)
     return fig
