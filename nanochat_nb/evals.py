@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MAX_TOKENS', 'STAGES', 'EvalSettings', 'bits_per_byte', 'mark_choices', 'plain', 'is_right', 'mark_answers', 'wilson',
            'chance', 'run_exam', 'exam_table', 'checkpoints', 'find_checkpoint', 'world_of', 'load_model',
-           'load_engine', 'stage_record', 'build_report', 'exam_rows', 'report_markdown', 'plot_exam', 'evaluate',
-           'main']
+           'load_engine', 'stage_record', 'build_report', 'exam_rows', 'report_markdown', 'plot_exam', 'plot_stages',
+           'write_report', 'evaluate', 'main']
 
 # %% ../nbs/06_eval.ipynb #11478937
 import math, re, time, unicodedata
@@ -21,7 +21,7 @@ from .settings import (NanochatError, atomic_path, base_folder, did_you_mean, fr
 from .world import EXAMS, World, exam
 from .tokenizer import Tokenizer
 from .model import GPT, GPTConfig, count_params
-from .runtime import init_runtime, read_metrics
+from .runtime import hardware, init_runtime, plot_metrics, read_metrics
 from .checkpoint import check_same_tokenizer, load_checkpoint
 from .engine import Engine
 
@@ -34,6 +34,7 @@ class EvalSettings:
     stages: str = "base,mid,sft"  # stages to examine, those that exist
     n_questions: int = 200        # of each kind and language
     seed: int = 0                 # of the choice of questions
+    price: float = 0.0            # dollars a GPU-hour, for the cost in the report; 0: none
     device: str = ""              # cuda, mps, cpu; empty: the best there is
     dtype: str = ""               # float32, bfloat16; empty: the fast one
 
@@ -204,10 +205,11 @@ def load_engine(
     stage: str = "",          # base, mid or sft; empty: the last one there is
     tag: str = "",            # e.g. d4; empty: the one written last
     runtime=None,             # empty: the best device
+    step: int | None = None,  # None: the latest
 ) -> Engine:
     "A model that answers, with the tokenizer it was trained with."
     runtime, folder = runtime or init_runtime(), find_checkpoint(base, stage, tag)
-    model, meta = load_model(folder, device=runtime.device)
+    model, meta = load_model(folder, step, runtime.device)
     tok = Tokenizer.load(base_folder(base) / "tokenizer")
     check_same_tokenizer(meta, tok.hash)
     return Engine(model, tok, runtime)
@@ -217,7 +219,7 @@ def stage_record(
     base: Path,
     stage: str,  # base, mid or sft
     tag: str,
-) -> dict:       # empty if the stage left no metrics; else settings, steps, tokens, seconds, tokens_per_s, loss, bpb
+) -> dict:       # empty if the stage left no metrics; else settings, steps, tokens, seconds, tokens_per_s, loss, bpb, …
     "What a training stage left behind."
     folder, wall = base / f"{stage}_checkpoints" / tag, base / "report" / f"{STAGES[stage]}.json"
     rows = read_metrics(folder / "metrics.jsonl")
@@ -229,8 +231,8 @@ def stage_record(
                 tokens_per_s=sorted(r["tok_per_s"] for r in steps)[len(steps) // 2])
     out["bpb"] = {l: r[k] for r in rows for l in ("zh", "en") if r.get(k := f"bpb_{l}") is not None}
     if wall.exists() and (w := read_json(wall)).get("settings", {}).get("tag") == tag:
-        out |= dict(ranks=w.get("ranks", 1), seconds=max(w["seconds"], out["seconds"]))
-    return out
+        out |= dict(ranks=w.get("ranks", 1), seconds=max(w["seconds"], out["seconds"]), hardware=w.get("hardware", ""))
+    return out | {k: r[k] for r in rows for k in ("samples",) if k in r}
 
 # %% ../nbs/06_eval.ipynb #4cc662fa
 def build_report(
@@ -276,16 +278,22 @@ def _exam_lines(r: dict) -> list[str]:
 
 # %% ../nbs/06_eval.ipynb #4a9f162c
 def _stage_lines(r: dict) -> list[str]:
-    "Table of the stages: time, tokens, speed, bits a byte."
-    out = ["| stage | seconds | tokens | tokens/s | bits a byte zh / en |", "|---|---|---|---|---|"]
+    "Table of the stages: time, tokens, speed, bits a byte; cost if there is a price, by the ranks of the stage."
+    out = ["| stage | seconds | tokens | tokens/s | bits a byte zh / en | cost | on |", "|---|---|---|---|---|---|---|"]
     for k, s in r["seconds"].items():
         x = r["stages"][k]
         bpb = " / ".join(f"{x['bpb'][l]:.3f}" for l in ("zh", "en") if l in x.get("bpb", {}))
         trained = f"{x['tokens']:,} | {x['tokens_per_s']:,.0f} | {bpb}" if "tokens" in x else " | | "
-        out.append(f"| {k} | {s:.1f} | {trained} |")
+        cost = s * x.get("ranks", 1) * r.get("price", 0) / 3600
+        on = f"{x.get('ranks', 1)} × {x['hardware']}" if x.get("hardware") else ""
+        out.append(f"| {k} | {s:.1f} | {trained} | {f'${cost:,.2f}' if cost else ''} | {on} |")
     return out
 
-def report_markdown(r: dict) -> str:
+# %% ../nbs/06_eval.ipynb #83e73558
+def report_markdown(
+    r: dict,              # of `build_report`
+    pictures: list = (),  # names of PNG files beside the page
+) -> str:
     "The report card as a page."
     m, said = r.get("model"), []
     for lang, table in r["exam"].items():
@@ -295,8 +303,12 @@ def report_markdown(r: dict) -> str:
                 said.append(f"| {lang} {name} | {q} | {a} | {s} |")
     about = [f"{m['n_layer']} layers × {m['n_embd']}, {m['params']:,} parameters, vocabulary {m['vocab_size']:,}, "
              f"context {m['seq_len']:,}; exams on {r['device']}, {r['world']}", ""] if m else []
+    samples = r["stages"].get("pretrain", {}).get("samples", {}).items()
+    wrote = [f"- {l}: {' / '.join(t.splitlines())}" for l, t in samples]
+    if wrote: wrote = ["", "The base model, continuing:", "", *wrote]
     return "\n".join([f"# Report card · {r['tag']}", "", *about, *_exam_lines(r), "", *_stage_lines(r), "",
-                      "| exam | first question | right | said |", "|---|---|---|---|", *said]) + "\n"
+                      *(f"![{p}]({p})" for p in pictures), "", "| exam | first question | right | said |",
+                      "|---|---|---|---|", *said, *wrote]) + "\n"
 
 # %% ../nbs/06_eval.ipynb #6629fbf5
 def plot_exam(
@@ -320,9 +332,33 @@ def plot_exam(
     fig.tight_layout(); plt.close(fig)
     return fig
 
+# %% ../nbs/06_eval.ipynb #cf8f3e3c
+def plot_stages(r: dict):
+    "Seconds of every stage."
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(5, 0.4 + 0.3 * len(r["seconds"])))
+    ax.bar_label(ax.barh([*r["seconds"]], [*r["seconds"].values()]), fmt="{:,.0f} s", padding=2, fontsize=8)
+    ax.invert_yaxis(); ax.margins(x=.15); ax.set_xlabel("seconds")
+    fig.tight_layout(); plt.close(fig)
+    return fig
+
+def write_report(
+    base: Path,
+    r: dict,       # of `build_report`
+):
+    "`<base>/report/report.{json,md}`, and the pictures that the page shows."
+    curves = {s: read_metrics(base / f"{s}_checkpoints" / r["tag"] / "metrics.jsonl") for s in STAGES}
+    figures = {"exams.png": plot_exam(r), "stages.png": plot_stages(r)}
+    figures |= {f"{s}_curves.png": plot_metrics(rows, f"{s} {r['tag']}") for s, rows in curves.items() if rows}
+    page = report_markdown(r, [*figures])
+    for name, fig in figures.items():
+        with atomic_path(base / "report" / name) as tmp: fig.savefig(tmp, format="png", dpi=120)
+    write_json(base / "report" / "report.json", r)
+    with atomic_path(base / "report" / "report.md") as tmp: tmp.write_text(page, encoding="utf-8")
+
 # %% ../nbs/06_eval.ipynb #ef9d06a6
 def evaluate(cfg: EvalSettings) -> dict: # the report
-    "Examine a run's stages and write `<base>/report/report.{json,md}`."
+    "Examine a run's stages and write the report card into `<base>/report`."
     start, base = time.time(), base_folder(cfg.base_dir)
     if cfg.n_questions < 1: raise NanochatError(f"n_questions={cfg.n_questions}: expected at least 1, say 200")
     wanted = [s.strip() for s in cfg.stages.split(",") if s.strip()]
@@ -337,10 +373,10 @@ def evaluate(cfg: EvalSettings) -> dict: # the report
         exams[s] = exam_table(engine, world, cfg.n_questions, cfg.seed)
     m = engine.model.cfg
     about = dict(model=asdict(m) | dict(params=count_params(m)["total"]), world=repr(world),
-                 device=str(rt.device), dtype=str(rt.dtype).removeprefix("torch."))
-    report = build_report(base, tag, exams, dict(seconds=time.time() - start, settings=asdict(cfg)), **about)
-    write_json(base / "report" / "report.json", report)
-    with atomic_path(base / "report" / "report.md") as tmp: tmp.write_text(report_markdown(report), encoding="utf-8")
+                 device=str(rt.device), dtype=str(rt.dtype).removeprefix("torch."), price=cfg.price)
+    record = dict(seconds=time.time() - start, settings=asdict(cfg), hardware=hardware())
+    report = build_report(base, tag, exams, record, **about)
+    write_report(base, report)
     return report
 
 # %% ../nbs/06_eval.ipynb #334359d0

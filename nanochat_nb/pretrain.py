@@ -22,7 +22,8 @@ from .kernels import fp8_works
 from .model import GPT, config_from_depth, flops_per_token
 from .optim import make_optimizer, plan, set_schedule
 from .runtime import (LiveChart, Metrics, Runtime, all_reduce_mean, barrier, can_compile, close_runtime,
-                                 freeze_gc, init_runtime, launch, peak_flops, peak_memory, print0, read_metrics)
+                                 freeze_gc, hardware, init_runtime, launch, peak_flops, peak_memory, print0,
+                                 read_metrics)
 from .checkpoint import Saver, check_same_tokenizer, latest_step, load_checkpoint, set_rng_state
 from .engine import Engine
 from .evals import bits_per_byte
@@ -66,6 +67,7 @@ class TrainSettings(RunSettings):
     eval_tokens: int = 0         # tokens of each language measured; 0: 8 batches, at most 1,048,576
     save_every: int = 0          # steps between checkpoints; 0: only at the end
     keep: int = 2                # newest checkpoints kept; 0: all
+    tracker: str = ""            # tensorboard, wandb, swanlab, trackio: a second place for the metrics; empty: none
     resume: bool = False         # go on from the latest checkpoint of this tag
 
 # %% ../nbs/03_pretrain.ipynb #a6e166b3
@@ -304,7 +306,8 @@ def fast_model(self: Trainer): # what `train_step` runs
 def fit(self: Trainer) -> dict: # the last values of everything measured
     "Train to the end, from the latest checkpoint if `cfg.resume`."
     self.restore() if self.cfg.resume or self.restarted() else self.set_aside()
-    self.metrics, self.peak = Metrics(self.folder / "metrics.jsonl", keep_below=self.start), peak_flops(self.rt)
+    self.metrics = Metrics(self.folder / "metrics.jsonl", self.start, self.cfg.tracker)
+    self.peak = peak_flops(self.rt)
     if self.rt.is_main: write_yaml(self.folder / "settings.yaml", self.cfg)
     model = self.fast_model()
     self.waits, self.warned = collections.deque(maxlen=20), ""
@@ -381,7 +384,7 @@ def train(cfg: PretrainSettings) -> dict: # the last values of everything measur
     look = evaluator(cfg, rt, tok, model, data), sampler(rt, tok, model, data)
     out = Trainer(cfg, rt, tok, model, loader, base / "base_checkpoints" / cfg.tag, p.steps, p.device_batch,
                   p.batch_tokens, *look).fit()
-    report = dict(settings=asdict(cfg), seconds=time.time() - began, ranks=rt.world_size)
+    report = dict(settings=asdict(cfg), seconds=time.time() - began, ranks=rt.world_size, hardware=hardware())
     if rt.is_main: write_json(base / "report" / "pretrain.json", report)
     close_runtime()
     return out

@@ -16,7 +16,7 @@ from .data import read_conversations
 from .convert import mix_counts, parse_mix
 from .loader import ChatLoader, MixLoader, TextLoader
 from .optim import round_batch
-from .runtime import close_runtime, init_runtime, print0
+from .runtime import close_runtime, hardware, init_runtime, print0
 from .checkpoint import check_same_tokenizer
 from .engine import Engine
 from .evals import STAGES, find_checkpoint, load_model, world_of
@@ -141,7 +141,8 @@ def train(cfg: SFTSettings) -> dict: # the last values of everything measured
     lost = dict(n_cut=chat.n_cut, n_dropped=chat.n_dropped)
     if any(lost.values()): print0(f"of {len(chat.conversations):,} conversations {chat.n_cut:,} were cut to "
                                   f"seq_len={seq_len}, {chat.n_dropped:,} left out")
-    report = dict(settings=asdict(cfg), seconds=time.time() - begun, ranks=rt.world_size, start=str(start), **lost)
+    report = dict(settings=asdict(cfg), seconds=time.time() - begun, ranks=rt.world_size, hardware=hardware(),
+                  start=str(start), **lost)
     if rt.is_main: write_json(base / "report" / f"{cfg.stage}.json", report)
     close_runtime()
     return out | lost

@@ -172,7 +172,11 @@ def test_report_has_the_settings_of_the_run(report):
 
 def test_report_page_and_picture(run, report):
     page = (run/"report/report.md").read_text(encoding="utf-8")
-    assert page == report_markdown(report)
+    shown = ["exams.png", "stages.png", "base_curves.png", "sft_curves.png"]
+    assert page == report_markdown(report, shown)
+    assert all((run/"report"/p).read_bytes().startswith(b"\x89PNG") and f"]({p})" in page for p in shown)
+    assert " × " in page and "The base model, continuing:" in page and "$" not in page
+    assert f"${report['seconds']['pretrain']:,.2f}" in report_markdown(report | dict(price=3600))     # a dollar a second
     for word in ("zh mcq, letter", "en translation", "pretrain", "tokenizer", "base (95 %)"): assert word in page
     axes = plot_exam(report).axes
     assert [a.get_title() for a in axes] == ["zh", "en"]
@@ -198,7 +202,7 @@ def test_the_same_again(run, report):
 
 def test_a_failed_evaluation_leaves_the_old_report(run, report, monkeypatch):
     before = (run/"report/report.json").read_bytes()
-    monkeypatch.setattr("nanochat_nb.evals.report_markdown", lambda r: 1 / 0)
+    monkeypatch.setattr("nanochat_nb.evals.report_markdown", lambda *a: 1 / 0)
     monkeypatch.setattr("nanochat_nb.evals.exam_table", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError): evaluate(EvalSettings(base_dir=str(run), n_questions=6, device="cpu"))
     assert (run/"report/report.json").read_bytes() == before

@@ -9,7 +9,7 @@ TEXT = (ROOT/"dev/GUIDE.md").read_text(encoding="utf-8")
 ROWS = [[c.strip() for c in line.strip("|").split(" | ")] for line in TEXT.splitlines() if re.match(r"\| \d\.\d \|", line)]
 GUIDE = [f"{part}.{row}" for part, n in enumerate((4, 4, 3, 8, 8, 3), 1) for row in range(1, n + 1)]
 MAIN = {"data": "DataFlags", "tokenizer": "TokenizerSettings", "clean": "CleanSettings", "pipeline": "PipelineSettings",
-        "plan": "PlanSettings", "repackage": "RepackageSettings", "loader": "LoaderSettings", "convert": "ConvertSettings", "pretrain": "PretrainSettings", "sft": "SFTSettings"}
+        "plan": "PlanSettings", "repackage": "RepackageSettings", "loader": "LoaderSettings", "convert": "ConvertSettings", "pretrain": "PretrainSettings", "core": "CoreSettings", "sft": "SFTSettings"}
 
 @cache
 def headings(chapter):

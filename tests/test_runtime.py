@@ -1,5 +1,5 @@
 "Processes and signals: what does not read well as a notebook cell."
-import json, os, resource, signal, subprocess, sys, time
+import json, os, resource, signal, subprocess, sys, time, types
 from pathlib import Path
 import pytest, torch
 from nanochat_nb import runtime
@@ -213,3 +213,36 @@ def test_no_compiler(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CXX", str(tmp_path / "nothing"))
     assert not can_compile("cpu", tmp_path) and "nothing" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "compile_probe.json").read_text())) == 1
+
+
+# ---- trackers ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["wandb", "swanlab", "trackio"])
+def test_rows_also_go_to_a_service(tmp_path, monkeypatch, name):
+    "A stub with the calls that all three have."
+    said, stub = [], types.ModuleType(name)
+    stub.init = lambda project, name: said.append(("init", project, name))
+    stub.log = lambda row, step: said.append((step, row))
+    stub.finish = lambda: said.append("finish")
+    monkeypatch.setitem(sys.modules, name, stub)
+    m = Metrics(tmp_path/"base_checkpoints/d4/metrics.jsonl", tracker=name)
+    m.log(step=3, loss=torch.tensor(2.5), bad=float("nan"), samples={"zh": "你好"}, done=True)
+    m.close()
+    assert said == [("init", "nanochat", "base_checkpoints-d4"), (3, {"loss": 2.5}), "finish"]
+    assert read_metrics(tmp_path/"base_checkpoints/d4/metrics.jsonl") == [dict(step=3, loss=2.5, bad=None, samples={"zh": "你好"}, done=True)]
+
+def test_tensorboard_has_the_rows(tmp_path):
+    pytest.importorskip("tensorboard", reason="pip install tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    m = Metrics(tmp_path/"metrics.jsonl", tracker="tensorboard")
+    for step in range(3): m.log(step=step, loss=3. - step)
+    m.close()
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
+    assert [(e.step, e.value) for e in events] == [(0, 3), (1, 2), (2, 1)]
+
+def test_a_tracker_that_cannot_be_had_leaves_the_metrics_alone(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    Metrics(tmp_path/"metrics.jsonl").log(step=1)
+    for name, said in (("wandb", "pip install wandb"), ("wandbb", "did you mean 'wandb'")):
+        with pytest.raises(NanochatError, match=said): Metrics(tmp_path/"metrics.jsonl", keep_below=0, tracker=name)
+    assert read_metrics(tmp_path/"metrics.jsonl") == [{"step": 1}]
