@@ -170,7 +170,7 @@ def _add(b, w, i, j, times, tab, arena, n, used):
     s, x, y = _find(b, w, i, j, tab, arena)
     if not tab[s, 2]:
         if 2 * n >= len(tab) or used + j - i > len(arena) - 32: return -1, used
-        arena[used:used + j - i] = b[i:j]
+        for t in range(j - i): arena[used + t] = b[i + t]
         tab[s, 0], tab[s, 1], tab[s, 2] = x, y, used << 32 | (j - i)
         n += 1
         used += j - i
