@@ -533,36 +533,39 @@ def _key(w, i, n):
     return x, y, z, (x * _U(0x3C6EF372FE94F82B) ^ (y + z) * _U(0x9E3779B97F4A7C15)) * _U(0x2545F4914F6CDD1D) >> _U(36)
 
 @inline
-def _holds(cache, s, x, y, z): return cache[s, 0] == x and cache[s, 1] == y and cache[s, 2] == z
+def _look(cache, s, x, y, z):
+    "The slot that holds a piece, s or its neighbour; -1 where neither does."
+    for k in (s, s ^ 1):
+        if cache[k, 0] == x and cache[k, 1] == y and cache[k, 2] == z: return k
+    return np.int64(-1)
+
+@inline
+def _keep_ids(cache, held, s, x, y, z, m, sym):
+    "Remember the m ids of a piece; `held` is the cache as int32."
+    cache[s, 0], cache[s, 1], cache[s, 2], held[s, 6] = x, y, z, m
+    for t in range(m): held[s, 7 + t] = sym[t]
 
 # %% ../nbs/01c_fastbpe.ipynb #b5965f22
 @bare
 def _encode(b, w, ends, cls, han, digits, first, two, pairs, made, cache, held, sym, rank, bos, out, stops):
-    "Ids of documents into `out`, and where each ends into `stops`; `held` is the cache as int32."
+    "Ids of documents into `out`, where each ends into `stops`; how many ids."
     i, o, mask = 0, 0, len(cache) - 1
     for d in range(len(ends)):
         if bos >= 0: out[o], o = bos, o + 1
         while i < ends[d]:
             j = _piece_end(b, w, i, ends[d], cls, han, digits)
-            n, short = j - i, j - i < 24
-            x, y, z, h = _key(w, i, n if short else 0)
-            s = np.int64(h) & mask
-            hit = short and _holds(cache, s, x, y, z)
-            if short and not hit:
-                s ^= 1
-                hit = _holds(cache, s, x, y, z)
-            if hit:
-                m = held[s, 6]
+            short = j - i < 24
+            x, y, z, h = _key(w, i, j - i if short else 0)
+            s = _look(cache, np.int64(h) & mask, x, y, z) if short else np.int64(-1)
+            if s >= 0:
+                m = np.int64(held[s, 6])
                 out[o], out[o + 1] = held[s, 7], held[s, 8]
                 if m > 2:
                     for t in range(2, 9): out[o + t] = held[s, 7 + t]
             else:
                 m = _merge(b, i, j, first, two, pairs, made, sym, rank)
                 for t in range(m): out[o + t] = sym[t]
-                if short and m < 10:
-                    s ^= o & 1
-                    cache[s, 0], cache[s, 1], cache[s, 2], held[s, 6] = x, y, z, m
-                    for t in range(m): held[s, 7 + t] = sym[t]
+                if short and m < 10: _keep_ids(cache, held, np.int64(h) & mask ^ o & 1, x, y, z, m, sym)
             i, o = j, o + m
         stops[d] = o
     return o
