@@ -1,13 +1,14 @@
 """The text loader: tokens a second and tokens lost, beside the reference's loader on the same text and tokenizer. Prints one table.
 
 python bench/loader.py SHARD.parquet… [--reference FOLDER]     FOLDER: a checkout of karpathy/nanochat (MIT), run as it is
-(pip install fastokens for the rows that use it)"""
+(pip install numba for the rows that use it)"""
 import argparse, os, statistics, sys, tempfile, time
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pyarrow.parquet as pq, torch
 from nanochat_nb import loader as L
 from nanochat_nb.data import write_shards
 from nanochat_nb.packing import Packer
+from nanochat_nb import tokenizer as tokens_of
 from nanochat_nb.tokenizer import train_tokenizer
 
 class Adapter:
@@ -81,14 +82,17 @@ def main():
             paths = sorted(str(p) for p in L.Path(tmp, "data").glob("*.parquet"))
             R.list_parquet_files = lambda **_: paths
             make = lambda t: lambda: R.tokenizing_distributed_data_loader_bos_bestfit(t, B, T, "train", device="cpu")
+            large, tokens_of.BATCH = tokens_of.BATCH, 1 << 62
             row("reference, `tokenizers`", make(Adapter(tok)), a.tokens)
+            tokens_of.BATCH = large
+            row("reference, our compiled loops", make(Adapter(tok)), 2 * a.tokens)
             row("reference, tokens for nothing (packing alone)", make(Lengths(lens)), 4 * a.tokens)
-        if not L.fast_encoder(tok): sys.exit("fastokens is not installed")
-        fast, L.fast_encoder = L.fast_encoder, lambda tok: None
+        large, tokens_of.BATCH = tokens_of.BATCH, 1 << 62
         row("ours, `tokenizers`", ours(), a.tokens)
-        L.fast_encoder = fast
-        row("ours, `fastokens`", ours(), 5 * a.tokens)
-        row("ours, `fastokens`, 2 workers", ours(workers=2), 10 * a.tokens)
+        tokens_of.BATCH = large
+        if not tok._encoder: sys.exit("numba is not installed")
+        row("ours, compiled loops", ours(), 10 * a.tokens)
+        row("ours, compiled loops, 2 workers", ours(workers=2), 10 * a.tokens)
         row("ours, token cache", ours(cache=cache), 100 * a.tokens)
         print("| loader, T = 2048 | M tokens/s, wall | M tokens/s of processor time (main process) |\n|---|---|---|")
         for name, w, c in rows: print(f"| {name} | {w:.2f} | {c:.2f} |", flush=True)

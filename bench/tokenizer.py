@@ -1,8 +1,9 @@
 """Training and encoding beside other tools, each in a process of its own. Prints one table.
 
-python bench/tokenizer.py EN_FOLDER ZH_FOLDER      (pip install rustbpe gigabpe for the comparison)
+python bench/tokenizer.py EN_FOLDER ZH_FOLDER      (pip install rustbpe gigabpe fastokens tiktoken for the comparison)
+python bench/tokenizer.py encode EN_FOLDER ZH_FOLDER               only the rows of encoding
 python bench/tokenizer.py one TOOL FOLDER CHARACTERS VOCABULARY      one case; prints a JSON object"""
-import json, os, resource, statistics, subprocess, sys, tempfile, time
+import functools, json, os, resource, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pyarrow.parquet as pq
@@ -35,22 +36,36 @@ def train(tool, folder, n, vocab):
             gigabpe.train_bpe([f.name], vocab - 9, pretokenizer="bytelevel", threads=2)
 
 def encode(tool, folder, n, vocab):
-    "Megabytes a second of encoding, of processor time; the tokenizer is trained on the same text before the clock starts."
+    "MB/s of processor time, cold (a new encoder on text it was not trained on) and warm (the same text once more)."
     from nanochat_nb import tokenizer as T
-    tok, some = T.train_tokenizer(texts(folder, 4 * n), vocab), list(texts(folder, n))
+    tok, some = T.train_tokenizer(texts(folder, n), vocab), list(texts(folder, 2 * n))
+    while sum(map(len, some)) > n: some.pop(0)               # the second half
+    some, size = [some[i:i + 64] for i in range(0, len(some), 64)], sum(len(t.encode()) for t in some)
+    call = tok.encode_flat
     if tool == "encode, tokenizers": T.BATCH = 1 << 62
-    tok.encode_batch(some[:100])
-    size, c = sum(len(t.encode()) for t in some), time.process_time()
-    for i in range(0, len(some), 64): tok.encode_flat(some[i:i + 64])
-    return size / 1e6 / (time.process_time() - c)
+    if tool == "encode, fastokens":                           # for comparison only; the package does not use it
+        import fastokens
+        fast = fastokens.Tokenizer.from_json_str(tok.spec)
+        call = lambda ts: fast.encode_batch_flat(ts, False, True)
+    if tool == "encode, tiktoken":
+        import tiktoken
+        ranks = {b: i for i, b in enumerate(tok._bytes) if i not in tok.special_ids}
+        call = tiktoken.Encoding("bench", pat_str=T.SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={}).encode_ordinary_batch
+        call = functools.partial(call, num_threads=1)
+    if tool == "encode, this book": T.Tokenizer(tok.spec).encode_flat(["a b " * 20_000])   # numba loads what it compiled
+    def rate():
+        c = time.process_time()
+        for ts in some: call(ts)
+        return size / 1e6 / (time.process_time() - c)
+    return rate(), rate()
 
 def one(tool, folder, n, vocab):
     if tool == "this book": train(tool, folder, 2_100_000, 400)          # numba loads what it compiled
-    speed, w, c = 0.0, time.time(), time.process_time()
-    if tool.startswith("encode"): speed = encode(tool, folder, n, vocab)
+    cold, warm, w, c = 0.0, 0.0, time.time(), time.process_time()
+    if tool.startswith("encode"): cold, warm = encode(tool, folder, n, vocab)
     else: train(tool, folder, n, vocab)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps(dict(wall=time.time() - w, cpu=time.process_time() - c, peak=peak, speed=speed)))
+    print(json.dumps(dict(wall=time.time() - w, cpu=time.process_time() - c, peak=peak, cold=cold, warm=warm)))
 
 def case(tool, folder, n, vocab, k=3):
     "Medians of k processes."
@@ -62,19 +77,29 @@ def case(tool, folder, n, vocab, k=3):
     return {key: statistics.median(r[key] for r in rows) for key in rows[0]}
 
 def main(en, zh):
-    print(f"{'text':4} {'M chars':>7} {'what':20} {'wall s':>7} {'CPU s':>7} {'peak MB':>8} {'MB/s':>6}")
+    print(f"{'text':4} {'M chars':>7} {'what':20} {'wall s':>7} {'CPU s':>7} {'peak MB':>8}")
     for lang, folder, n in (("en", en, 20_000_000), ("zh", zh, 5_000_000)):
-        for tool in ("this book", "gigabpe", "rustbpe", "tokenizers", "encode, fastokens", "encode, tokenizers"):
-            r = case(tool, folder, n // 4 if tool.startswith("encode") else n, 32_768, 1 if tool in ("tokenizers", "rustbpe") else 3)
+        for tool in ("this book", "gigabpe", "rustbpe", "tokenizers"):
+            r = case(tool, folder, n, 32_768, 1 if tool in ("tokenizers", "rustbpe") else 3)
             if "failed" in r: print(f"{lang:4} {'':7} {tool:20} {r['failed']}", flush=True); continue
-            m, s = (n // 4 if r["speed"] else n) / 1e6, f"{r['speed']:6.1f}" if r["speed"] else ""
-            print(f"{lang:4} {m:7.1f} {tool:20} {r['wall']:7.1f} {r['cpu']:7.1f} {r['peak']:8.0f} {s}", flush=True)
+            print(f"{lang:4} {n / 1e6:7.1f} {tool:20} {r['wall']:7.1f} {r['cpu']:7.1f} {r['peak']:8.0f}", flush=True)
     for lang, folder in (("en", en), ("zh", zh)):
         for n in (100_000_000, 400_000_000):
             r = case("this book", folder, n, 32_768 if n < 4e8 else 65_536, 1)
             print(f"{lang:4} {n / 1e6:7.0f} {'this book':20} {r['wall']:7.1f} {r['cpu']:7.1f} {r['peak']:8.0f}", flush=True)
+    encoders(en, zh)
+
+def encoders(en, zh):
+    print(f"{'text':4} {'M chars':>7} {'what':20} {'cold MB/s':>9} {'warm MB/s':>9}")
+    for lang, folder, n in (("en", en, 20_000_000), ("zh", zh, 8_000_000)):
+        for tool in ("this book", "fastokens", "tiktoken", "tokenizers"):
+            k = n // 10 if tool == "tokenizers" else n
+            r = case("encode, " + tool, folder, k, 32_768)
+            if "failed" in r: print(f"{lang:4} {'':7} {tool:20} {r['failed']}", flush=True); continue
+            print(f"{lang:4} {k / 1e6:7.1f} {tool:20} {r['cold']:9.1f} {r['warm']:9.1f}", flush=True)
     print("load", os.getloadavg()[0])
 
 if __name__ == "__main__":
-    if sys.argv[1] == "one": one(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+    if sys.argv[1] == "encode": encoders(*sys.argv[2:4])
+    elif sys.argv[1] == "one": one(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
     else: main(*sys.argv[1:3])

@@ -97,7 +97,7 @@ class Tokenizer:
         if missing: raise NanochatError(f"tokenizer.json lacks special tokens {missing}; make it with train_tokenizer")
         self.special_ids, self.bos_id = set(self._special.values()), self._special["<|bos|>"]
         self._bytes = [self._token_bytes(self._tk.id_to_token(i)) for i in range(self.vocab_size)]
-        self._encoder = None  # of fastokens, made when a large batch comes
+        self._encoder = None  # of `fastbpe`, made when a large batch comes
 
     def _token_bytes(self, token: str) -> bytes:
         "Bytes of a token; a special token shows its name."
@@ -174,33 +174,40 @@ def encode(self: Tokenizer,
     return self._tk.encode(check_text(text), add_special_tokens=False).ids
 
 # %% ../nbs/01_tokenizer.ipynb #e96f9aed
-BATCH = 50_000  # characters from which a batch goes to fastokens, where it is installed
+BATCH = 50_000  # characters from which a batch goes to `fastbpe`, where it can
 
-@patch
-def _large(self: Tokenizer, texts: list[str]):
-    "The encoder of fastokens when the batch is large and the package there, else None."
-    if sum(map(len, texts)) < BATCH or importlib.util.find_spec("fastokens") is None: return None
-    if self._encoder is None:
-        import fastokens
-        self._encoder = fastokens.Tokenizer.from_json_str(self.spec)
-    return self._encoder
+def _compiled(spec: str):
+    "An `Encoder` for a tokenizer.json, None where numba is absent or the spec is not of the form made here."
+    spec = json.loads(spec)
+    try: pattern = spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+    except (KeyError, TypeError, IndexError): return None
+    model, blank = spec.pop("model"), json.loads(_blank(pattern).to_str())
+    ids, merges = model.pop("vocab"), model.pop("merges")
+    same = all(blank[k] == v for k, v in spec.items() if k != "added_tokens")
+    same &= all(blank["model"][k] == v for k, v in model.items()) and ids.keys() >= CHAR_BYTE.keys()
+    if not same or len(ids) >= 1 << 19 or not (fast := _fast(pattern)): return None
+    first = [ids[c] for c, _ in sorted(CHAR_BYTE.items(), key=lambda x: x[1])]
+    return fast.Encoder(first, [(ids[a], ids[b], ids[a + b]) for a, b in merges], *fast.limits_of(pattern))
 
 # %% ../nbs/01_tokenizer.ipynb #38324853
 @patch
 def encode_flat(self: Tokenizer,
     texts: list[str],
+    bos: bool = False,  # put bos before each text
 ) -> tuple[np.ndarray, np.ndarray]: # ids of all texts in a row, int32; where each text ends in it
     "Token ids of many texts as arrays, by the fastest way there is."
     try:
-        if fast := self._large(texts):
-            ids, ends = fast.encode_batch_flat(texts, False, True)  # without bos, special strings stay text
-            return np.frombuffer(ids, np.int32), np.frombuffer(ends, np.int64)[1:]
+        if sum(map(len, texts)) >= BATCH:
+            if self._encoder is None: self._encoder = _compiled(self.spec) or False
+            if self._encoder: return self._encoder(texts, self.bos_id if bos else -1)
         ids = [e.ids for e in self._tk.encode_batch_fast(texts, add_special_tokens=False)]
     except (TypeError, AttributeError, UnicodeEncodeError):  # which one?
         for i, t in enumerate(texts): check_text(t, f"text {i}")
         raise
+    if bos: ids = [[self.bos_id, *x] for x in ids]
     return np.array(list(itertools.chain(*ids)), np.int32), np.cumsum([len(x) for x in ids], dtype=np.int64)
 
+# %% ../nbs/01_tokenizer.ipynb #930a7b1c
 @patch
 def encode_batch(self: Tokenizer,
     texts: list[str],

@@ -154,6 +154,23 @@ def test_both_trainers_make_one_tokenizer(text, size):
     try: assert train_tokenizer([text], size).hash == by_library.hash
     finally: module.LARGE = large
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text(max_size=80) | st.text("aab bc好今  \n'.1é", max_size=80), max_size=8), st.sampled_from([265, 300, 420]))
+def test_the_compiled_encoder_gives_the_ids_of_the_library(texts, size):
+    pytest.importorskip("numba")
+    tok = train_tokenizer(["aab abc aabc bca 好今 好好今 a好 ", *texts], size)
+    encoder = module._compiled(tok.spec)
+    encoder.bits = 4                                       # 16 slots: pieces push each other out
+    for _ in range(2):
+        ids, ends = encoder(texts, tok.bos_id)
+        assert [ids[i:j].tolist() for i, j in zip([0, *ends], ends)] == [[tok.bos_id, *tok.encode(t)] for t in texts]
+
+def test_a_spec_of_another_kind_is_left_to_the_library():
+    spec = json.loads(TOK.spec)
+    assert module._compiled(json.dumps(spec | {"normalizer": {"type": "NFC"}})) is None
+    assert module._compiled(json.dumps(spec | {"model": spec["model"] | {"ignore_merges": True}})) is None
+    assert module._compiled(train_tokenizer(["a b"], 265, r"\w+|\W").spec) is None
+
 def test_the_pattern_of_the_book_is_one_of_the_loop():
     assert fastbpe.limits_of(module.SPLIT_PATTERN) == (4, 1)
     assert fastbpe.limits_of(r"\w+|\W") is None
