@@ -5,14 +5,15 @@ python bench/vocab.py table        bench/vocab.md again from bench/vocab.jsonl
 Held out: every tenth statute book by name, every tenth passage of the novel, all of Jane Austen, every fortieth English
 document, Python's standard library and sympy's docstrings; what shares 59 characters with them is dropped from training."""
 import ast, json, os, random, re, resource, subprocess, sys, sysconfig, tempfile, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from zlib import crc32
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pyarrow as pa, pyarrow.parquet as pq
 
-HERE, SPAN, TOTAL = Path(__file__).resolve().parent, 30, 80_000_000    # bytes of training text
+HERE, SPAN, TOTAL = Path(__file__).resolve().parent, 30, 64_000_000    # bytes of training text
 KINDS = ("statutes", "novel", "en", "austen", "code", "maths")
-REFS = ("gpt2", "cl100k", "o200k", "qwen", "qwen3.6", "deepseek")
+TIMES, POEMS = {"zh_law": 3, "zh_sanguo": 3}, 5_000_000                  # told so often; bytes of poems, which would drown the rest
 tenth = lambda s, n=10: crc32(s.encode()) % n == 0
 
 def python_text():
@@ -39,7 +40,7 @@ def split(corpus):
         for f in sorted((corpus/lang).glob("*.parquet")):
             for t in pq.read_table(f)["text"].to_pylist():
                 if lang == "en" and tenth(t, 40): held["en"].append(t)
-                elif lang == "en" or t.count("平") + t.count("仄") < len(t) / 3: pool.append((t, lang))   # no tone patterns
+                elif lang == "en" or t.count("平") + t.count("仄") < len(t) / 3: pool.append((t, "zh_poem" if lang == "zh" and is_poem(t) else lang))  # no tone patterns
     held = {k: cut(v, 1_000_000) for k, v in held.items()}
     seen = {t[i:i + SPAN] for v in held.values() for t in v for i in range(len(t) - SPAN + 1)
             if sum(c.isalpha() for c in t[i:i + SPAN:3]) > 5}             # rules and blanks are no text
@@ -47,6 +48,10 @@ def split(corpus):
     print(f"training documents dropped for a shared span: {len(pool) - len(kept):,} of {len(pool):,}", flush=True)
     random.Random(0).shuffle(kept)
     return held, kept
+
+def is_poem(text):
+    lines = [x for x in text.split("\n") if x.strip()]
+    return sum(c.isascii() and c.isalpha() for c in text) < .02 * len(text) and sum(map(len, lines)) < 30 * len(lines)
 
 def cut(texts, most):
     "Texts until so many bytes are reached."
@@ -57,22 +62,27 @@ def cut(texts, most):
         most -= len(t.encode())
     return out
 
-def one(folder, han, digits, share, vocab, without):
+def one(folder, han, digits, share, vocab, without, pieces):
     "Train, measure, print a JSON object."
-    from nanochat_nb import tokenizer as T
-    from nanochat_nb.fastbpe import count_pieces, split_pattern
+    from nanochat_nb import fastbpe, tokenizer as T
+    count, n = fastbpe.count_pieces, []
+    def noting(*a): n.append((c := count(*a)).n); return c
+    fastbpe.count_pieces, split_pattern = noting, fastbpe.split_pattern
     held, pool = json.loads((folder/"held.json").read_text()), pq.read_table(folder/"train.parquet").to_pydict()
     skip, pool = without.split("+"), list(zip(pool["text"], pool["kind"]))
-    zh = cut((t for t, k in pool if k.startswith("zh") and k not in skip), share * TOTAL)
+    poems = set(cut((t for t, k in pool if k == "zh_poem"), POEMS))
+    zh = [t for t, k in pool if k.startswith("zh") and k not in skip and (k != "zh_poem" or t in poems) for _ in range(TIMES.get(k, 1))]
+    random.Random(1).shuffle(zh)
+    zh = cut(zh, share * TOTAL)
     train = zh + cut((t for t, k in pool if k.startswith("en")), (1 - share) * TOTAL)
     random.Random(0).shuffle(train)
     T.train_tokenizer(train[:2000], 400, split_pattern(han, digits))      # numba loads what it compiled
     before, w, c = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.time(), time.process_time()
-    tok = T.train_tokenizer(train, vocab, split_pattern(han, digits))
-    row = dict(han=han, digits=digits, share=share, vocab=tok.vocab_size, without=without, seconds=round(time.time() - w, 1),
+    tok = T.train_tokenizer(train, vocab, split_pattern(han, digits), max_pieces=pieces)
+    row = dict(han=han, digits=digits, share=share, vocab=tok.vocab_size, without=without, max_pieces=pieces, seconds=round(time.time() - w, 1),
                cpu=round(time.process_time() - c, 1), mb_more=(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024,
                zh_mb=round(sum(len(t.encode()) for t in zh) / 1e6, 1))
-    row["pieces"] = count_pieces(train, han, digits).n
+    row["pieces"] = n[-1]
     row |= measure(tok, held)
     print(json.dumps(row, ensure_ascii=False))
 
@@ -86,30 +96,37 @@ def measure(tok, held):
     chars = {k: round(dense[k] * sum(map(len, v)) / sum(len(t.encode()) for t in v), 3) for k, v in held.items()}
     return dict(dense=dense, chars=chars, speed=speed, scripts=scripts(tok))
 
-CASES = ([dict(han=h) for h in (1, 2, 4, 5, 6, 8, 64)] + [dict(han=h, without="zh_law+zh_sanguo") for h in (4, 6)]
-         + [dict(share=s) for s in (0, .25, .4, .6, .75)] + [dict(han=h, vocab=v) for v in (32_768, 65_536, 131_072) for h in (4, 6)]
-         + [dict(digits=d) for d in (2, 3)])
+CASES = ([dict(han=h) for h in (6, 4, 8, 1, 2, 64)] + [dict(share=0.)] + [dict(han=h, pieces=1_000_000) for h in (4, 6, 8)]
+         + [dict(han=h, without="zh_law+zh_sanguo") for h in (4, 6)] + [dict(share=.5), dict(digits=3), dict(vocab=32_768), dict(vocab=131_072)]
+         + [dict(share=.25), dict(han=5), dict(vocab=65_536)])
+MAIN = dict(han=6, digits=1, share=.4, vocab=80_000, without="", pieces=4_000_000)
 
-def main(corpus):
-    from nanochat_nb.vocab import load_reference
-    rows = []
-    with tempfile.TemporaryDirectory() as tmp:
+def run_case(tmp, case):
+    "One case in a process of its own."
+    p = subprocess.run([sys.executable, __file__, "one", tmp, *map(str, (MAIN | case).values())], capture_output=True, text=True)
+    if p.returncode: return print(case, p.stderr[-2000:])
+    print(case, p.stdout.splitlines()[-1][:200], flush=True)
+    return json.loads(p.stdout.splitlines()[-1])
+
+def main(corpus, out=HERE/"vocab.jsonl"):
+    "Rows that are there already are kept: run it again to go on."
+    from nanochat_nb.vocab import load_references
+    rows = [json.loads(x) for x in out.read_text(encoding="utf-8").splitlines()] if out.exists() else []
+    names = dict(pieces="max_pieces")
+    todo = [c for c in CASES if not any("name" not in r and all(r[names.get(k, k)] == v for k, v in (MAIN | c).items()) for r in rows)]
+    with tempfile.TemporaryDirectory() as tmp, ThreadPoolExecutor(2) as pool:
         held, kept = split(corpus)
+        print({k: (len(v), sum(len(t.encode()) for t in v)) for k, v in held.items()}, "documents and bytes held out", flush=True)
         (Path(tmp)/"held.json").write_text(json.dumps(held))
         pq.write_table(pa.table({"text": [t for t, _ in kept], "kind": [k for _, k in kept]}), Path(tmp)/"train.parquet")
-        for name in REFS:
-            try: ref = load_reference(name)
-            except Exception as e: print(name, "not available:", e); continue
-            rows.append(dict(name=name, vocab=ref.vocab_size) | measure(ref, held))
-        for case in CASES:
-            case = dict(han=6, digits=1, share=.5, vocab=80_000, without="") | case
-            p = subprocess.run([sys.executable, __file__, "one", tmp, *map(str, case.values())], capture_output=True, text=True)
-            if p.returncode: print(case, p.stderr[-2000:]); continue
-            rows.append(json.loads(p.stdout.splitlines()[-1]))
-            print(case, rows[-1]["seconds"], rows[-1]["dense"], flush=True)
-            (HERE/"vocab.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
-    (HERE/"vocab.held.json").write_text(json.dumps({k: [len(v), sum(map(len, v)), sum(len(t.encode()) for t in v)] for k, v in held.items()}))
+        del kept
+        jobs = [pool.submit(run_case, tmp, case) for case in todo]
+        refs = {n: r for n, r in load_references().items() if not isinstance(r, str)}
+        rows = [dict(name=n, vocab=r.vocab_size) | measure(r, held) for n, r in refs.items()] + [r for r in rows if "name" not in r]
+        for job in jobs:
+            rows += [job.result()] if job.result() else []
+            out.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
 
 if __name__ == "__main__":
-    if sys.argv[1] == "one": one(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5]), int(sys.argv[6]), sys.argv[7])
+    if sys.argv[1] == "one": one(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5]), int(sys.argv[6]), sys.argv[7], int(sys.argv[8]))
     else: main(Path(sys.argv[1]))
