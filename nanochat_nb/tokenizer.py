@@ -386,7 +386,8 @@ class TokenizerSettings:
     vocab_size: int = 1024          # tokens in all, the nine special ones included
     max_chars: int = 2_000_000_000  # train on the first so many characters
     doc_cap: int = 10_000           # characters used of one document
-    pattern: str = ""               # regular expression that cuts text before merging; empty: SPLIT_PATTERN
+    han: int = 4                    # Chinese characters in a piece, at most
+    pattern: str = ""               # regular expression that cuts text before merging; empty: SPLIT_PATTERN with `han`
     max_pieces: int = 1_000_000     # different pre-tokens held in memory; beyond, the rarest are forgotten
     retrain: bool = False           # train even where a tokenizer of the same recipe exists
 
@@ -412,16 +413,16 @@ def recipe_of(
 ) -> dict:
     "What the tokenizer is a function of."
     shards = "".join(s["sha256"] for s in manifest["shards"] if s["split"] == "train")
+    pattern = cfg.pattern or SPLIT_PATTERN.replace("{1,4}", f"{{1,{cfg.han}}}")
     return dict(source=cfg.source, vocab_size=cfg.vocab_size, max_chars=cfg.max_chars, doc_cap=cfg.doc_cap,
-                pattern=cfg.pattern or SPLIT_PATTERN, max_pieces=cfg.max_pieces, special=list(SPECIAL),
-                data=hashlib.sha256(shards.encode()).hexdigest())
+                pattern=pattern, max_pieces=cfg.max_pieces, special=list(SPECIAL), data=hashlib.sha256(shards.encode()).hexdigest())
 
 # %% ../nbs/01_tokenizer.ipynb #a839db22
 def prepare_tokenizer(
     cfg: TokenizerSettings,
 ) -> Tokenizer:
     "The tokenizer in `<base>/tokenizer`; trained first unless one of the same recipe is there."
-    for name in ("max_chars", "doc_cap", "max_pieces"):
+    for name in ("max_chars", "doc_cap", "max_pieces", "han"):
         if getattr(cfg, name) < 1: raise NanochatError(f"{name}={getattr(cfg, name)}: expected at least 1")
     data, folder = find_data(cfg.source, cfg.base_dir), base_folder(cfg.base_dir)/"tokenizer"
     recipe, meta = recipe_of(cfg, read_manifest(data)), {"source": cfg.source}

@@ -3,10 +3,11 @@ import json, os, subprocess, sys
 from pathlib import Path
 import pyarrow.parquet as pq, pytest, yaml
 from nanochat_nb.data import DataSettings
+from nanochat_nb.fastbpe import split_pattern
 from nanochat_nb.pretrain import PretrainSettings
 from nanochat_nb.runtime import read_metrics
 from nanochat_nb.settings import make_settings
-from nanochat_nb.tokenizer import SPLIT_PATTERN, Tokenizer, TokenizerSettings
+from nanochat_nb.tokenizer import Tokenizer, TokenizerSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG, CORPUS = ROOT/"configs/chinese_d20", ROOT.parent/"shared/corpus"
@@ -46,7 +47,7 @@ def test_the_whole_way(tmp_path):
     out = run(base, "nanochat_nb.tokenizer", "-f", CONFIG/"01_tokenizer.yaml", "--source", source, "--vocab_size", 4096)
     dense = json.loads(out.splitlines()[-1])["bytes_per_token"]
     tok = Tokenizer.load(base/"tokenizer")
-    assert tok.vocab_size == 4096 and tok.meta["pattern"] == SPLIT_PATTERN
+    assert tok.vocab_size == 4096 and tok.meta["pattern"] == split_pattern(han=6)
     assert dense["zh"] > 2.5 and dense["en"] > 2                # a byte-level alphabet alone would give 1
     small = dict(source=source, vocab_size=4096, depth=2, num_iterations=30, seq_len=128, batch_tokens=2048, device="cpu", eval_tokens=4096)
     flags = [x for k, v in small.items() for x in ("-p", k, v)]

@@ -173,6 +173,8 @@ def test_a_spec_of_another_kind_is_left_to_the_library():
 
 def test_the_pattern_of_the_book_is_one_of_the_loop():
     assert fastbpe.limits_of(module.SPLIT_PATTERN) == (4, 1)
+    for han in (4, 6): assert fastbpe.limits_of(module.recipe_of(TokenizerSettings(han=han), {"shards": []})["pattern"]) == (han, 1)
+    assert module.recipe_of(TokenizerSettings(han=6, pattern="x"), {"shards": []})["pattern"] == "x"
     assert fastbpe.limits_of(r"\w+|\W") is None
 
 def test_memory_is_bounded_and_what_stays_is_common():
