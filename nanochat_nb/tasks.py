@@ -10,7 +10,7 @@ __all__ = ['TASKS', 'MADE', 'IDENTITY', 'MIXTURES', 'CORE', 'choice_item', 'from
            'mark_programs']
 
 # %% ../nbs/03a_tasks.ipynb #78d44b86
-import csv, io, json, os, random, re, secrets, signal, subprocess, sys, tempfile, unicodedata, zipfile
+import contextlib, csv, io, json, os, random, re, secrets, signal, subprocess, sys, tempfile, unicodedata, zipfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -190,6 +190,7 @@ def _zip_rows(path: Path, inside: str) -> list[tuple[str, dict]]:
     if not out: raise NanochatError(f"{path} holds no member like {inside}; delete it and fetch it again")
     return out
 
+# %% ../nbs/03a_tasks.ipynb #b1bec8a2
 def _source(path: Path, t: Task, part: str) -> tuple[int, Callable]:
     "How many rows a file has, and a picker: indices → (place, row)."
     try:
@@ -199,7 +200,8 @@ def _source(path: Path, t: Task, part: str) -> tuple[int, Callable]:
                 raise NanochatError(f"{path} has no column {', '.join(lack)} (its columns: {', '.join(have)}); "
                                     "another version of the set? delete it and fetch it again")
             table = pq.read_table(path, columns=[*t.columns, *(["subject"] if "subject" in have else [])])
-            return len(table), lambda ids: [(f"{path} row {i + 1}", r) for i, r in zip(ids, table.take(ids).to_pylist())]
+            places = lambda ids: [f"{path} row {i + 1}" for i in ids]
+            return len(table), lambda ids: list(zip(places(ids), table.take(pa.array(ids, pa.int64())).to_pylist()))
         rows = _zip_rows(path, t.inside) if t.inside else [
             (f"{path} row {i}", r) for i, r in enumerate(json.loads(path.read_text(encoding="utf-8-sig")), 1)]
     except (pa.ArrowException, zipfile.BadZipFile, ValueError, OSError) as e:
@@ -208,14 +210,14 @@ def _source(path: Path, t: Task, part: str) -> tuple[int, Callable]:
     rows = [(w, r) for w, r in rows if r.get("split", split) == split]
     return len(rows), lambda ids: [rows[i] for i in ids]
 
-# %% ../nbs/03a_tasks.ipynb #b1bec8a2
+# %% ../nbs/03a_tasks.ipynb #456e9a2e
 def item_of(t: Task, where: str, row: dict) -> dict:
     "A row as an exam item, or as a conversation; a bad one is an error with its place."
     if lack := [c for c in t.columns if row.get(c) in (None, "", [])]:
         raise NanochatError(f"{where}: {', '.join(lack)} is missing or empty")
     try: return to_conversation(row, where) if t.convert is dict else t.convert(row)
     except (KeyError, ValueError, TypeError, IndexError, AttributeError) as e:
-        raise NanochatError(f"{where}: {type(e).__name__} {e}; expected {', '.join(t.columns)} as the set has them") from None
+        raise NanochatError(f"{where}: {type(e).__name__} {e}; expected {', '.join(t.columns)} as published") from None
 
 # %% ../nbs/03a_tasks.ipynb #0c28ad5f
 def load(
@@ -243,7 +245,7 @@ def load(
     return out
 
 # %% ../nbs/03a_tasks.ipynb #86acb3e8
-_COUNT = {"en": ("How many {c} are in {t}?|How many times does the letter \"{c}\" occur in \"{t}\"?|Count the {c} in {t}.",
+_COUNT = {"en": ("How many {c} are in {t}?|How often does the letter \"{c}\" occur in \"{t}\"?|Count the {c} in {t}.",
                  "There are {n}."),
           "zh": ("“{t}”里有几个“{c}”字？|数一数，“{t}”里“{c}”出现了几次？|“{c}”字在“{t}”里有几个？", "有{n}个。")}
 
@@ -257,7 +259,8 @@ def spelling(
     pools = {lang: [x for x in words(lang) if held_out(x) == exam] for lang in _COUNT}
     for _ in range(n):
         lang = rng.choice(("en", "zh"))
-        text = ("" if lang == "zh" else " ").join(rng.choices(pools[lang], k=rng.randint(2, 4) if lang == "zh" else rng.randint(1, 2)))
+        some = rng.choices(pools[lang], k=rng.randint(2, 4) if lang == "zh" else rng.randint(1, 2))
+        text = ("" if lang == "zh" else " ").join(some)
         c = rng.choice(text.replace(" ", "") if rng.random() < 0.8 else rng.choice(pools[lang]))
         asked, said = _COUNT[lang]
         call, k = f'"{text}".count("{c}")', str(text.count(c))
@@ -273,20 +276,24 @@ IDENTITY = {
     "en": {"name": "Xiaoce", "maker": "a reader of this book", "size": "a few hundred million",
            "skills": "chat, do sums, count letters and write short texts", "languages": "Chinese and English"}}
 _HELLO = {"zh": ("", "你好！", "请问，", "嗨，"), "en": ("", "Hi! ", "Hello there. ", "Tell me: ")}
-_ASK = {"zh": {  # questions / answers
-    "name": "你叫什么名字？|你是谁？|怎么称呼你？|介绍一下你自己。|你是 ChatGPT 吗？/我叫{name}，是{maker}训练的语言模型。|我是{name}，一个小语言模型，由{maker}训练。",
-    "maker": "谁训练了你？|你是谁做的？|你的作者是谁？|你是哪家公司的？/我是{maker}训练的。|训练我的是{maker}，我叫{name}。",
-    "size": "你有多少参数？|你有多大？|你是大模型吗？/我有{size}个参数，是个很小的模型。|参数大约{size}个，不算大。",
-    "skills": "你会做什么？|你能帮我什么？|你擅长什么？/我会{skills}；我也会说错，要紧的事请再查一遍。|{skills}，这些我都能试试。",
-    "languages": "你会说哪些语言？|你懂英语吗？|可以用中文聊吗？/我会{languages}。|{languages}都可以。"},
-    "en": {
-    "name": "What is your name?|Who are you?|Introduce yourself.|Are you ChatGPT?/I am {name}, a small language model trained by {maker}.|My name is {name}; {maker} trained me.",
-    "maker": "Who made you?|Who trained you?|Which company are you from?/I was trained by {maker}.|{maker} trained me, and I am called {name}.",
-    "size": "How big are you?|How many parameters do you have?|Are you a large model?/I have {size} parameters, which is small.|About {size} parameters, so not a large one.",
-    "skills": "What can you do?|How can you help me?|What are you good at?/I can {skills}. I also make mistakes, so check what matters.|I {skills}.",
-    "languages": "Which languages do you speak?|Do you speak Chinese?|Can we talk in English?/I speak {languages}.|{languages} are both fine."}}
 
 # %% ../nbs/03a_tasks.ipynb #5404ef10
+_ASK = {  # language, fact, questions / answers
+    "zh": {k: v.split("/") for k, v in (x.split(": ") for x in """
+name: 你叫什么名字？|你是谁？|怎么称呼你？|介绍一下你自己。|你是 ChatGPT 吗？/我叫{name}，是{maker}训练的语言模型。|我是{name}，由{maker}训练。
+maker: 谁训练了你？|你是谁做的？|你的作者是谁？|你是哪家公司的？/我是{maker}训练的。|训练我的是{maker}，我叫{name}。
+size: 你有多少参数？|你有多大？|你是大模型吗？/我有{size}个参数，是个很小的模型。|参数大约{size}个，不算大。
+skills: 你会做什么？|你能帮我什么？|你擅长什么？/我会{skills}；我也会说错，要紧的事请再查一遍。|{skills}，这些我都能试试。
+languages: 你会说哪些语言？|你懂英语吗？|可以用中文聊吗？/我会{languages}。|{languages}都可以。""".strip().splitlines())},
+    "en": {k: v.split("/") for k, v in (x.split(": ") for x in """
+name: What is your name?|Who are you?|Are you ChatGPT?/I am {name}, a model trained by {maker}.|My name is {name}.
+maker: Who made you?|Who trained you?|Which company made you?/I was trained by {maker}.|{maker} trained me, {name}.
+size: How big are you?|How many parameters have you?/I have {size} parameters, not many.|About {size}.
+skills: What can you do?|How can you help?/I can {skills}, but check what matters.|I {skills}.
+languages: Which languages do you speak?|Do you speak Chinese?/I speak {languages}.|{languages} are both fine."""
+        .strip().splitlines())}}
+
+# %% ../nbs/03a_tasks.ipynb #5d0a3e7c
 def identity(
     n: int = 1000,       # conversations
     path: str = "",      # YAML of the form of IDENTITY; empty: IDENTITY itself
@@ -296,11 +303,12 @@ def identity(
     facts, rng, out = read_yaml(path) if path else IDENTITY, random.Random(f"identity {seed}"), []
     for lang in _ASK:
         if lack := set(_ASK[lang]) - set(facts.get(lang) or {}):
-            raise NanochatError(f"{path or 'identity'}: {lang} lacks {', '.join(sorted(lack))}; expected {', '.join(_ASK[lang])}")
+            raise NanochatError(f"{path or 'identity'}: {lang} lacks {', '.join(sorted(lack))}; "
+                                f"expected {', '.join(_ASK[lang])}")
     for _ in range(n):
         lang, messages = rng.choice(list(_ASK)), []
         for i, key in enumerate(rng.sample(list(_ASK[lang]), rng.randint(1, 3))):
-            asked, said = (rng.choice(x.split("|")) for x in _ASK[lang][key].split("/"))
+            asked, said = (rng.choice(x.split("|")) for x in _ASK[lang][key])
             said = said.format(**facts[lang])
             messages += _user((rng.choice(_HELLO[lang]) if not i else "") + asked)
             messages += [{"role": "assistant", "content": said[0].upper() + said[1:]}]
@@ -330,12 +338,13 @@ def unexamined(name: str, rows: list[dict], keys: set) -> list[dict]:
     keep = [x for x in rows if not keys or not keys & question_keys(x)]
     if len(keep) < len(rows) and os.environ.get("RANK", "0") == "0":
         print(f"{name}: {len(rows) - len(keep)} of {len(rows)} rows left out, an exam asks the same")
-    if not keep: raise NanochatError(f"{name}: an exam asks every one of its {len(rows)} rows; none is left to train on")
+    if not keep: raise NanochatError(f"{name}: an exam asks all of its {len(rows)} rows; none is left to train on")
     return keep
 
+# %% ../nbs/03a_tasks.ipynb #d7ab4b3c
 def conversations(
     name: str,            # of the table, spelling, identity, or a YAML file for identity
-    n: int = 0,           # rows; 0: all, or 1,000 of those that are generated
+    n: int = 0,           # rows before the guard; 0: all, or 1,000 of those that are generated
     seed: int = 0,        # of generated ones
     keys: set = frozenset(),  # of `exam_keys`: rows that ask one of them are left out
     base_dir: str = "",
@@ -375,8 +384,9 @@ def exam_items(
     endpoint: str = "",  # as in `bring`
 ) -> list[dict]:         # as `world.exam`
     "The questions of one exam."
-    items = spelling(n or 256, seed, True) if name == "spelling" else load(name, "exam", n, seed, base_dir, endpoint)
-    if lack := sum(not x["answer"] for x in items): raise NanochatError(f"{name}: {lack} questions have no answer to mark by")
+    if name == "spelling": return spelling(n or 256, seed, exam=True)
+    items = load(name, "exam", n, seed, base_dir, endpoint)
+    if lack := sum(not x["answer"] for x in items): raise NanochatError(f"{name}: {lack} questions have no answer")
     return items
 
 CORE = ("arc-easy", "arc-challenge", "mmlu", "gsm8k", "humaneval", "spelling")
@@ -391,28 +401,29 @@ def chat_core(
 
 # %% ../nbs/03a_tasks.ipynb #1f7a5f07
 _JAIL = """import resource as r, runpy
-for k, v in ((r.RLIMIT_CPU, {s}), (r.RLIMIT_AS, {mb} << 20), (r.RLIMIT_FSIZE, 1 << 20), (r.RLIMIT_CORE, 0), (r.RLIMIT_NPROC, 0)):
-    r.setrlimit(k, (v, v))
+for k, v in dict(CPU={s}, AS={mb} << 20, FSIZE=1 << 20, CORE=0, NPROC=0).items():
+    r.setrlimit(getattr(r, "RLIMIT_" + k), (v, v))
 runpy.run_path("answer.py", run_name="__main__")"""
 
+# %% ../nbs/03a_tasks.ipynb #f7c9c3d6
 def run_program(
     code: str,
     seconds: int = 5,   # of CPU; twice as many on the clock
     mb: int = 512,      # of memory
 ) -> bool:              # did it run to its end?
     "Run Python that is not trusted, in a process with limits; see what this does not protect against above."
-    token = secrets.token_hex(8)                               # told only at the end: an early exit is no success
+    token = secrets.token_hex(8)                       # told only at the end: an early exit is no success
+    code = f"{code}\n\nimport sys\nsys.__stdout__.write('\\n{token}')\n"
     with tempfile.TemporaryDirectory() as tmp:
-        (Path(tmp) / "answer.py").write_text(f"{code}\n\nimport sys\nsys.__stdout__.write('\\n{token}')\n", encoding="utf-8")
+        (Path(tmp) / "answer.py").write_text(code, encoding="utf-8")
         with open(Path(tmp) / "out", "wb") as out:
             p = subprocess.Popen([sys.executable, "-I", "-c", _JAIL.format(s=seconds, mb=mb)], cwd=tmp, stdout=out,
                                  env={"PATH": os.defpath, "HOME": tmp, "TMPDIR": tmp}, stdin=subprocess.DEVNULL,
                                  stderr=subprocess.DEVNULL, start_new_session=True)
-            try: p.wait(2 * seconds)
-            except subprocess.TimeoutExpired: pass
+            try:
+                with contextlib.suppress(subprocess.TimeoutExpired): p.wait(2 * seconds)
             finally:
-                try: os.killpg(p.pid, signal.SIGKILL)
-                except ProcessLookupError: pass
+                with contextlib.suppress(ProcessLookupError): os.killpg(p.pid, signal.SIGKILL)
                 p.wait()
         return p.returncode == 0 and (Path(tmp) / "out").read_bytes().endswith(token.encode())
 
@@ -424,7 +435,7 @@ def no_limits() -> str:   # "" where programs can be run
 
 def program_of(x: dict, said: str) -> str:
     "The program to test: the first fenced block or all that was said, behind the head it was asked to go on from."
-    m = re.search(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", said, re.S)
+    m = re.search(r"`{3}(?:python|py)?[ \t]*\n(.*?)(?:\n`{3}|\Z)", said, re.S)
     body = m[1] if m else said
     head = x["prompt"] if not re.search(rf"^def {x['entry_point']}\b", body, re.M) else "\n".join(
         l for l in x["prompt"].splitlines() if re.match(r"(import|from)\s", l))
