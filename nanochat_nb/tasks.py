@@ -370,7 +370,7 @@ def exam_keys(
 # %% ../nbs/03a_tasks.ipynb #29a75605
 MIXTURES = {  # values for SFTSettings.conversations
     "mid": "smoltalk:460000,mmlu-aux,gsm8k",
-    "sft": "arc-easy,arc-challenge,gsm8k,smoltalk:10000,spelling:1000,identity:1000",
+    "sft": "arc-easy,arc-challenge,gsm8k,smoltalk:10000",
     "zh-mid": "smoltalk-chinese:max400000,gsm8k-zh:x2",
     "zh-sft": "smoltalk-chinese:max20000,gsm8k-zh,spelling:1000,identity:1000",
 }
