@@ -338,7 +338,7 @@ def report_markdown(r: dict) -> str:
     about = [f"{m['n_layer']} layers × {m['n_embd']}, {m['params']:,} parameters, vocabulary {m['vocab_size']:,}, "
              f"context {m['seq_len']:,}; exams on {r['device']}, {r['world']}", ""] if m else []
     return "\n".join([f"# Report card · {r['tag']}", "", *about, *_exam_lines(r), "", *_task_lines(r),
-                      *_stage_lines(r), "", "| exam | first question | right | said |", "|---|---|---|---|", *said]) + "\n"
+                      *_stage_lines(r), "", "| exam | first question | right | said |", "|---" * 4 + "|", *said]) + "\n"
 
 # %% ../nbs/06_eval.ipynb #6629fbf5
 def plot_exam(
