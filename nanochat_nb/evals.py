@@ -290,7 +290,7 @@ def _exam_lines(r: dict) -> list[str]:
 def sit_tasks(
     engine: Engine,
     exams: dict,  # name → items, of `tasks.exam_items`
-) -> dict:        # name → row as of `run_exam`, and too_long: questions left out; subjects, subject_mean where there are any
+) -> dict:        # name → row as of `run_exam`; too_long: left out; subjects and subject_mean where there are any
     "Sit the public exams; one that cannot be marked on this system is left out, and said so."
     out, room = {}, engine.model.cfg.seq_len
     def fits(x): return len(engine.tok.render_prompt(x["messages"])) + 4 <= room
