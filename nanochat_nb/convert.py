@@ -111,13 +111,13 @@ def make(cfg: ConvertSettings) -> dict: # folder and counts
     return dict(folder=str(folder), bad=len(bad)) | {k: len(v) for k, v in parts.items()}
 
 # %% ../nbs/04a_convert.ipynb #348cca74
-def parse_mix(text: str) -> list[tuple]: # (name, "all" | "count" | "max" | "weight", number)
-    "What a mixture such as `world,a.jsonl:500,b.jsonl:max500,c.jsonl:0.7` asks of each set."
+def parse_mix(text: str) -> list[tuple]: # (name, "all" | "count" | "max" | "epochs" | "weight", number)
+    "What a mixture such as `world,a.jsonl:500,b.jsonl:max500,c.jsonl:x2,d.jsonl:0.7` asks of each set."
     out = []
     for part in filter(None, map(str.strip, text.split(","))):
         name, sep, n = part.rpartition(":")
-        kind = "max" if n.startswith("max") else "weight" if "." in n else "count"
-        try: number = float(n.removeprefix("max")) if sep else None
+        kind = ("max" if n.startswith("max") else "epochs" if n.startswith("x") else "weight" if "." in n else "count")
+        try: number = float(n.removeprefix("max").removeprefix("x")) if sep else None
         except ValueError: number = None                                  # a name that holds a colon
         if number is None: out.append((part, "all", 0.0)); continue
         if number <= 0: raise NanochatError(f"conversations: {part!r} asks for {n}; expected more than 0")
@@ -129,8 +129,9 @@ def mix_counts(
     parts: list[tuple], # of `parse_mix`
     sizes: list[int],   # rows of each
 ) -> list[int]:         # how many to take of each
-    "Rows of every set: its own, a count, at most a count, or a share of what the weighted sets have together."
-    out = [{"all": s, "count": int(n), "max": min(s, int(n))}.get(kind, 0) for (_, kind, n), s in zip(parts, sizes)]
+    "Rows of every set: its own, a count, at most a count, passes, or a share of what the weighted sets have together."
+    out = [{"all": s, "count": int(n), "max": min(s, int(n)), "epochs": round(s * n)}.get(kind, 0)
+           for (_, kind, n), s in zip(parts, sizes)]
     heavy = [i for i, p in enumerate(parts) if p[1] == "weight"]
     total, weights = sum(sizes[i] for i in heavy), sum(parts[i][2] for i in heavy)
     want = {i: total * parts[i][2] / weights for i in heavy}

@@ -221,7 +221,8 @@ def fetch_all(
 
 # %% ../nbs/00c_fetch.ipynb #5c2c023f
 MODELSCOPE = "https://modelscope.cn"
-_RENAMED = {"openbmb/Ultra-FineWeb": "OpenBMB/Ultra-FineWeb"}   # where ModelScope has a data set under another name
+_RENAMED = {"openbmb/Ultra-FineWeb": "OpenBMB/Ultra-FineWeb", "ceval/ceval-exam": "opencompass/ceval-exam",
+            "meta-math/GSM8K_zh": "testUser/GSM8K_zh"}    # where ModelScope has a data set under another name
 
 def hub_address(
     endpoint: str = "",  # hub, mirror, "modelscope" or a folder; empty: $HF_ENDPOINT, else https://huggingface.co
@@ -235,7 +236,7 @@ def hub_address(
 
 # %% ../nbs/00c_fetch.ipynb #6b7240a5
 def artefact_url(
-    repo: str,             # owner/name; empty: `path` is an address of its own
+    repo: str,             # owner/name, or owner/name@revision of the hub; empty: `path` is an address of its own
     path: str,             # of the file in the repository
     kind: str = "dataset", # or "model"
     endpoint: str = "",    # as in `hub_address`
@@ -243,12 +244,12 @@ def artefact_url(
 ) -> str:
     "Address of any file a recipe needs: corpus, task, evaluation bundle, tokenizer."
     base, folder = hub_address(endpoint), {"dataset": "datasets/", "model": ""}[kind]
-    local = base.startswith("file:")
+    local, (repo, _, pinned) = base.startswith("file:"), repo.partition("@")
     if not repo: return f"{base}/{path.split('/')[-1]}" if local else path
     if local: return f"{base}/{folder}{repo}/{urllib.parse.quote(path)}"
     if base == MODELSCOPE or base.endswith(".modelscope.cn"):
-        repo, folder, revision = _RENAMED.get(repo, repo), f"{kind}s/", revision or "master"
-    return f"{base}/{folder}{repo}/resolve/{revision or 'main'}/{urllib.parse.quote(path)}"
+        repo, folder, revision = _RENAMED.get(repo, repo), f"{kind}s/", revision or "master"   # knows no hub commit
+    return f"{base}/{folder}{repo}/resolve/{revision or pinned or 'main'}/{urllib.parse.quote(path)}"
 
 # %% ../nbs/00c_fetch.ipynb #a8e73060
 def _reachable(url: str, tries: int, timeout: float) -> dict:

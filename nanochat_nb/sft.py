@@ -14,6 +14,7 @@ from .settings import NanochatError, base_folder, did_you_mean, from_notebook, r
 from .world import conversations as world_conversations
 from .data import read_conversations
 from .convert import mix_counts, parse_mix
+from .tasks import MADE, TASKS, conversations, exam_keys, unexamined
 from .loader import ChatLoader, MixLoader, TextLoader
 from .optim import round_batch
 from .runtime import close_runtime, hardware, init_runtime, print0
@@ -28,7 +29,7 @@ class SFTSettings(TrainSettings):
     "Settings of midtraining and fine-tuning; a zero or empty value is filled in from the base model."
     stage: str = "sft"           # mid or sft: which checkpoints are written
     init: str = ""               # stage to start from: base or mid; empty: mid for sft if it exists, else base
-    conversations: str = "world" # world and JSONL files, by commas; own.jsonl:500, :max500 or a weight, :0.7
+    conversations: str = "world" # world, sets of chapter 03a, JSONL files, by commas; :500, :max500, :x2, :0.7
     n_conversations: int = 8000  # of the world
     text_share: float = 0.25     # rows of a batch that are documents, so that facts are not forgotten
     epochs: float = 1.0          # passes over the conversations
@@ -39,6 +40,7 @@ class SFTSettings(TrainSettings):
     warmdown: float = 0.6        # share of the steps that falls
     eval_tokens: int = 0         # tokens of each language measured; 0: as in pretraining
     source: str = "world"        # documents mixed in, as in pretraining
+    endpoint: str = ""           # of public sets: hub, mirror, modelscope or a folder; empty: $HF_ENDPOINT or the hub
     resume: bool = False         # go on from the latest checkpoint of this stage and tag
 
 # %% ../nbs/04_sft.ipynb #90a3fe9a
@@ -51,14 +53,18 @@ def take(
 
 def gather(cfg: SFTSettings) -> list[dict]: # {"messages"}
     "The conversations of a stage; `mid` and `sft` draw different ones from the world."
-    parts, sets = parse_mix(cfg.conversations), []
+    parts, sets, at = parse_mix(cfg.conversations), [], dict(base_dir=cfg.base_dir, endpoint=cfg.endpoint)
+    keys, known = exam_keys([p[0] for p in parts], **at), ["world", *TASKS, *MADE]
     for name, kind, n in parts:
         if name == "world":
             seed, n = 1 if cfg.stage == "mid" else 2, int(n) if kind in ("count", "max") else cfg.n_conversations
             sets.append(world_conversations(world_of(cfg.base_dir), n, seed=seed))
-        elif Path(name).is_file(): sets.append(read_conversations(name))
-        else: raise NanochatError(f"conversations: {name!r} is no file; expected world or JSONL files, "
-                                  f"separated by commas{did_you_mean(name, ['world'])}")
+        elif name in known or name.endswith((".yaml", ".yml")):
+            some = int(n) if kind in ("count", "max") else 0
+            sets.append(conversations(name, some, 1 if cfg.stage == "mid" else 2, keys, **at))
+        elif Path(name).is_file(): sets.append(unexamined(name, read_conversations(name), keys))
+        else: raise NanochatError(f"conversations: {name!r} is no file; expected {', '.join(known)} or JSONL files, "
+                                  f"separated by commas{did_you_mean(name, known)}")
     return [c for rows, n in zip(sets, mix_counts(parts, list(map(len, sets)))) for c in take(rows, n)]
 
 # %% ../nbs/04_sft.ipynb #8dd914a7
