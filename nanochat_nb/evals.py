@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MAX_TOKENS', 'STAGES', 'EvalSettings', 'bits_per_byte', 'mark_choices', 'plain', 'is_right', 'mark_answers', 'wilson',
            'chance', 'run_exam', 'exam_table', 'checkpoints', 'find_checkpoint', 'world_of', 'load_model',
-           'load_engine', 'stage_record', 'build_report', 'exam_rows', 'report_markdown', 'plot_exam', 'plot_stages',
-           'write_report', 'evaluate', 'main']
+           'load_engine', 'stage_record', 'build_report', 'exam_rows', 'sit_tasks', 'report_markdown', 'plot_exam',
+           'plot_stages', 'write_report', 'evaluate', 'main']
 
 # %% ../nbs/06_eval.ipynb #11478937
 import math, re, time, unicodedata
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from .settings import (NanochatError, atomic_path, base_folder, did_you_mean, from_notebook, read_json,
                                   read_yaml, run_main, write_json)
 from .world import EXAMS, World, exam
+from .tasks import chat_core, exam_items, mark_programs, no_limits
 from .tokenizer import Tokenizer
 from .model import GPT, GPTConfig, count_params
 from .runtime import hardware, init_runtime, plot_metrics, read_metrics
@@ -33,6 +34,9 @@ class EvalSettings:
     tag: str = ""                 # which run, e.g. d4; empty: the one written last
     stages: str = "base,mid,sft"  # stages to examine, those that exist
     n_questions: int = 200        # of each kind and language
+    tasks: str = ""               # public exams of chapter 03a, by commas: arc-easy,gsm8k,ceval
+    task_questions: int = 0       # of each public exam; 0: all
+    endpoint: str = ""            # where they come from: hub, mirror, modelscope, a folder; empty: $HF_ENDPOINT
     seed: int = 0                 # of the choice of questions
     price: float = 0.0            # dollars a GPU-hour, for the cost in the report; 0: none
     device: str = ""              # cuda, mps, cpu; empty: the best there is
@@ -63,12 +67,12 @@ def mark_choices(
     engine: Engine,
     items: list[dict],  # of `world.exam`, kind mcq
 ) -> list[bool]:        # one a question
-    "Four-way questions by likelihood: is the right answer the one that the model finds most probable?"
+    "Choice questions by likelihood: is the right answer the one that the model finds most probable?"
     tok = engine.tok
     end = [tok.special("assistant_end")]
     pairs = [(tok.render_prompt(x["stem"]), tok.encode(c) + end) for x in items for c in x["choices"]]
-    s = torch.tensor([logp for logp, _ in engine.score(pairs)]).view(len(items), -1)
-    return (s.argmax(1) == torch.tensor([x["label"] for x in items])).tolist()
+    by_item = torch.tensor([logp for logp, _ in engine.score(pairs)]).split([len(x["choices"]) for x in items])
+    return [int(s.argmax()) == x["label"] for s, x in zip(by_item, items)]
 
 # %% ../nbs/06_eval.ipynb #144f7a9a
 _NUMBER = re.compile(r"(?:(?<![\w)])-)?\d+(?:,\d{3}(?!\d))*(?:\.\d+)?", re.ASCII)
@@ -80,14 +84,14 @@ def plain(text: str) -> str:
 
 def is_right(
     said: str,    # what the model answered
-    answer: str,  # what was expected: digits, a letter of ABCD, or text
+    answer: str,  # what was expected: digits, a letter of ABCDE, or text
 ) -> bool:
     "The last number said, the letter it begins with, or the whole text, up to width and spaces."
-    if answer.isdigit():
+    if re.fullmatch(r"-?\d+(\.\d+)?", answer, re.ASCII):
         numbers = _NUMBER.findall(plain(said.replace("，", "； ")))  # 3，205 is two numbers, 3,205 is one
-        return bool(numbers) and Decimal(numbers[-1].replace(",", "")) == int(answer)
+        return bool(numbers) and Decimal(numbers[-1].replace(",", "")) == Decimal(answer)
     said, answer = plain(said), plain(answer)
-    if answer in tuple("ABCD"): return bool(re.match(rf"\W*{answer}(?![A-Za-z]| [a-z])", said))
+    if answer in tuple("ABCDE"): return bool(re.match(rf"\W*{answer}(?![A-Za-z]| [a-z])", said))
     return said == answer
 
 # %% ../nbs/06_eval.ipynb #234668ca
@@ -101,6 +105,7 @@ def mark_answers(
     "Greedy answers, all questions together: right or wrong, and what was said."
     prompts = [engine.tok.render_prompt(x["messages"]) for x in items]
     said = [engine.text(ids) for ids in engine.generate(prompts, max_tokens=max_tokens, temperature=0.0)]
+    if items and "test" in items[0]: return mark_programs(items, said), said
     return [is_right(s, x["answer"]) for s, x in zip(said, items)], said
 
 # %% ../nbs/06_eval.ipynb #3a5ee8a0
@@ -121,25 +126,29 @@ def chance(
 ) -> float:
     "What the best answer that ignores the question scores: one of the choices, or the commonest answer."
     if not items: return 0.0
-    if "choices" in items[0]: return 1 / len(items[0]["choices"])
+    if "choices" in items[0]: return sum(1 / len(x["choices"]) for x in items) / len(items)
+    if "test" in items[0]: return 0.0                                    # programs
     return max(Counter(x["answer"] for x in items).values()) / len(items)
 
 # %% ../nbs/06_eval.ipynb #a5da26ba
 def _row(right: list[bool], items: list[dict]) -> dict:
     "One line of the report."
     n = len(right)
-    return dict(acc=sum(right) / max(1, n), n=n, ci95=wilson(sum(right), n), chance=chance(items))
+    row, by = dict(acc=sum(right) / max(1, n), n=n, ci95=wilson(sum(right), n), chance=chance(items)), {}
+    for x, r in zip(items, right): by.setdefault(x.get("subject"), []).append(r)
+    if None in by or not by: return row
+    return row | dict(subjects=len(by), subject_mean=sum(sum(v) / len(v) for v in by.values()) / len(by))
 
 def run_exam(
     engine: Engine,
     items: list[dict],  # of `world.exam`
-    kind: str,          # one of EXAMS
+    kind: str,          # one of EXAMS, or a public exam
 ) -> dict:              # acc, n, ci95, chance, samples; mcq is by likelihood and has the letter form under `letter`
     "Sit one exam."
-    right, said = mark_answers(engine, items, MAX_TOKENS[kind])
+    right, said = mark_answers(engine, items, MAX_TOKENS.get(kind, 4 if "choices" in items[0] else 384))
     told = [dict(question=x["messages"][-1]["content"], answer=x["answer"], said=s) for x, s in zip(items[:3], said)]
     row = _row(right, items) | dict(samples=told)
-    return _row(mark_choices(engine, items), items) | dict(letter=row) if kind == "mcq" else row
+    return _row(mark_choices(engine, items), items) | dict(letter=row) if "choices" in items[0] else row
 
 # %% ../nbs/06_eval.ipynb #038a1b66
 def exam_table(
@@ -240,6 +249,7 @@ def build_report(
     tag: str,
     exams: dict,          # stage → `exam_table`, in the order of training
     eval_record: dict,    # seconds and settings of the evaluation
+    tasks: dict | None = None, # stage → `sit_tasks`
     **more,               # further entries: model, device, …
 ) -> dict:
     "Everything known of a run: settings, times, bits per byte, exam scores; `exam` is that of the last stage."
@@ -251,8 +261,10 @@ def build_report(
     stages |= {name: r for s, name in STAGES.items() if (r := stage_record(base, s, tag))}
     stages["eval"] = eval_record
     trained, last = stages.get("pretrain", {}), list(exams)[-1]
+    core = {s: chat_core(t) for s, t in (tasks or {}).items()}
     return more | dict(
-        tag=tag, exam=exams[last], exam_of_stage=last, exams=exams, bpb=trained.get("bpb", {}),
+        tasks=tasks or {}, chatcore=core, tag=tag,
+        exam=exams[last], exam_of_stage=last, exams=exams, bpb=trained.get("bpb", {}),
         bpb_after={k: v["bpb"] for k, v in stages.items() if v.get("bpb")}, tokens_per_s=trained.get("tokens_per_s"),
         seconds={k: round(v["seconds"], 2) for k, v in stages.items() if "seconds" in v}, stages=stages)
 
@@ -275,6 +287,36 @@ def _exam_lines(r: dict) -> list[str]:
             cells = [f"{c[name]['acc']:.3f} ({c[name]['ci95'][0]:.2f} – {c[name]['ci95'][1]:.2f})" for c in rows]
             out.append(f"| {lang} {name} | {' | '.join(cells)} | {x['chance']:.2f} | {x['n']} |")
     return out
+
+# %% ../nbs/06_eval.ipynb #82e57072
+def sit_tasks(
+    engine: Engine,
+    exams: dict,  # name → items, of `tasks.exam_items`
+) -> dict:        # name → row as of `run_exam`; too_long: left out; subjects and subject_mean where there are any
+    "Sit the public exams; one that cannot be marked on this system is left out, and said so."
+    out, room = {}, engine.model.cfg.seq_len
+    def fits(x): return len(engine.tok.render_prompt(x["messages"])) + 4 <= room
+    for name, items in tqdm(exams.items(), desc="tasks", leave=False, disable=None):
+        if "test" in items[0] and (why := no_limits()): print(f"{name}: {why}"); continue
+        asked = [x for x in items if fits(x)]
+        if asked: out[name] = run_exam(engine, asked, "") | dict(too_long=len(items) - len(asked))
+        else: print(f"{name}: none of {len(items)} questions fits a context of {room} tokens")
+    return out
+
+# %% ../nbs/06_eval.ipynb #bae5324b
+def _task_lines(r: dict) -> list[str]:
+    "Table of the public exams, stages side by side; empty if none was sat."
+    out = ["| task | form | " + " | ".join(f"{s} (95 %)" for s in r["tasks"]) + " | mean of subjects | chance | n |"]
+    out += ["|---" * (len(r["tasks"]) + 5) + "|"]
+    for name, row in exam_rows(next(iter(r["tasks"].values()), {})).items():
+        task, _, form = name.partition(", ")
+        cells = [exam_rows(t)[name] for t in r["tasks"].values()]
+        told = [f"{c['acc']:.3f} ({c['ci95'][0]:.2f} – {c['ci95'][1]:.2f})" for c in cells]
+        mean = f"{cells[-1]['subject_mean']:.3f} of {row['subjects']}" if "subjects" in row else ""
+        out.append(f"| {task} | {form or 'answer'} | {' | '.join(told)} | {mean} | {row['chance']:.2f} | {row['n']} |")
+    core = {s: c for s, t in r["tasks"].items() if (c := chat_core(t)) is not None}
+    told = ["", "ChatCORE: " + ", ".join(f"{s} {c:.3f}" for s, c in core.items())] if core else []
+    return [*out, *told, ""] if len(out) > 2 else []
 
 # %% ../nbs/06_eval.ipynb #4a9f162c
 def _stage_lines(r: dict) -> list[str]:
@@ -306,7 +348,7 @@ def report_markdown(
     samples = r["stages"].get("pretrain", {}).get("samples", {}).items()
     wrote = [f"- {l}: {' / '.join(t.splitlines())}" for l, t in samples]
     if wrote: wrote = ["", "The base model, continuing:", "", *wrote]
-    return "\n".join([f"# Report card · {r['tag']}", "", *about, *_exam_lines(r), "", *_stage_lines(r), "",
+    return "\n".join([f"# Report card · {r['tag']}", "", *about, *_exam_lines(r), "", *_task_lines(r), *_stage_lines(r), "",
                       *(f"![{p}]({p})" for p in pictures), "", "| exam | first question | right | said |",
                       "|---|---|---|---|", *said, *wrote]) + "\n"
 
@@ -367,15 +409,18 @@ def evaluate(cfg: EvalSettings) -> dict: # the report
     if not found: find_checkpoint(base, wanted[0], cfg.tag)            # raises, saying what there is
     tag = cfg.tag or max(found, key=lambda p: p.stat().st_mtime).parent.name
     stages = [s for s in STAGES if s in wanted and checkpoints(base, s, tag)]
-    rt, world, exams = init_runtime(cfg.device, cfg.dtype), world_of(cfg.base_dir), {}
+    names = [t.strip() for t in cfg.tasks.split(",") if t.strip()]
+    public = {t: exam_items(t, cfg.task_questions, cfg.seed, cfg.base_dir, cfg.endpoint) for t in names}
+    rt, world, exams, tasks = init_runtime(cfg.device, cfg.dtype), world_of(cfg.base_dir), {}, {}
     for s in stages:
         engine = load_engine(base, s, tag, rt)
         exams[s] = exam_table(engine, world, cfg.n_questions, cfg.seed)
+        if public: tasks[s] = sit_tasks(engine, public)
     m = engine.model.cfg
     about = dict(model=asdict(m) | dict(params=count_params(m)["total"]), world=repr(world),
                  device=str(rt.device), dtype=str(rt.dtype).removeprefix("torch."), price=cfg.price)
     record = dict(seconds=time.time() - start, settings=asdict(cfg), hardware=hardware())
-    report = build_report(base, tag, exams, record, **about)
+    report = build_report(base, tag, exams, record, tasks, **about)
     write_report(base, report)
     return report
 
