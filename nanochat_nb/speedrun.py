@@ -70,6 +70,7 @@ def read_recipe(
         if step and step not in steps: raise NanochatError(f"--{k}: {path} has no section {step!r}{did_you_mean(step, steps)}")
         for s in [step] if step else steps: steps[s].pop(key, None)
         (steps[step] if step else common)[key] = v
+    if not steps: raise NanochatError(f"{path} has no section; expected some of {', '.join(STEPS)}")
     known = {s: names_of(s) for s in steps}
     every = set().union(*known.values())
     for k, there in [(k, every | {*STEPS}) for k in common] + [(k, known[s]) for s in steps for k in steps[s]]:
@@ -94,8 +95,7 @@ def parameters(
             source = {"source": p["out"]}
         cfg = make_settings(settings_of(s), p, f"{path}, section {s}")
         out[s] = {k: getattr(cfg, k) for k in p}
-    if out: return out
-    raise NanochatError(f"{path} has no section; expected some of {', '.join(STEPS)}")
+    return out
 
 # %% ../nbs/10_speedrun.ipynb #7f53a796
 def mine(p: dict, base: Path) -> bool:

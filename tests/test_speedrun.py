@@ -1,5 +1,5 @@
 "One command: misspelt keys, the roll call, a killed run that goes on, a changed step, failures and what they leave behind."
-import json, os, signal, subprocess, sys, time
+import os, signal, subprocess, sys, time, types
 from pathlib import Path
 import pyarrow.parquet as pq, pytest, yaml
 from nanochat_nb import speedrun
@@ -15,7 +15,7 @@ depth: 1
 vocab_size: 512
 data: {n_people: 20, n_chars: 200000}
 tokenizer:
-pretrain: {num_iterations: 400, seq_len: 128, batch_tokens: 1024, eval_tokens: 1024, eval_every: 1000, save_every: 20, device: cpu}
+pretrain: {num_iterations: 120, seq_len: 128, batch_tokens: 1024, eval_tokens: 1024, eval_every: 1000, save_every: 10, device: cpu}
 """
 
 def start(out, *flags, recipe=None, **kw):
@@ -87,13 +87,13 @@ def test_what_the_roll_call_sees(tmp_path, monkeypatch):
     assert "differs" in stops(p | {"tokenizer": dict(vocab_size=600)}, tmp_path, "vocabulary")[0]
     assert "mine.jsonl" in stops(p | {"sft": dict(conversations="world,mine.jsonl:500")}, tmp_path, "tasks")[0]
     assert "nosuchpackage" not in str(roll_call(p, tmp_path))
-    monkeypatch.setattr(speedrun.shutil, "disk_usage", lambda _: (0, 0, 10))
-    assert "free some" in stops(p, tmp_path, "disk")[0]
-    monkeypatch.setattr(speedrun.torch.cuda, "device_count", lambda: 2)
-    assert "say --n_gpu 2" in stops(p | {"pretrain": dict(depth=1, n_gpu=8, device="cuda")}, tmp_path, "gpu")[0]
     (tmp_path/"hub").mkdir()
     far = {"data": dict(source="fineweb-edu", n_shards=2, endpoint=str(tmp_path/"hub"))} | p
     assert "3 of 3 files cannot be reached" in stops(far, tmp_path, "text")[0]
+    monkeypatch.setattr(speedrun.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=10))
+    assert "free some" in stops(p, tmp_path, "disk")[0]
+    monkeypatch.setattr(speedrun.torch.cuda, "device_count", lambda: 2)
+    assert "say --n_gpu 2" in stops(p | {"pretrain": dict(depth=1, n_gpu=8, device="cuda")}, tmp_path, "gpu")[0]
 
 # ---- runs
 
@@ -114,7 +114,7 @@ def test_killed_in_the_middle_and_resumed_and_changed(tmp_path):
     assert code == 0, stderr
     assert "data: done before" in stderr and "tokenizer: done before" in stderr and "pretrain: was interrupted, resumes" in stderr
     steps = [r["step"] for r in read_metrics(metrics) if "loss" in r]
-    assert steps == list(range(400)) and yaml.safe_load((out/"pretrain.yaml").read_text())["resume"] is True
+    assert steps == list(range(120)) and yaml.safe_load((out/"pretrain.yaml").read_text())["resume"] is True
 
 def test_a_changed_parameter_runs_again_from_that_step_on(tmp_path):
     a = parameters(ROOT/"configs/speedrun.yaml", {}, tmp_path)
@@ -130,7 +130,7 @@ def test_a_changed_parameter_runs_again_from_that_step_on(tmp_path):
     assert all(before[s] != x for s, x in fingerprints(mine, tmp_path/"base").items())
 
 def test_a_changed_and_a_failing_step(tmp_path):
-    out, quick = tmp_path/"out", SMALL.replace("num_iterations: 400", "num_iterations: 2")
+    out, quick = tmp_path/"out", SMALL.replace("num_iterations: 120", "num_iterations: 2")
     assert run(out, recipe=quick)[0] == 0
     code, _, stderr = run(out, "--resume", "--pretrain.num_iterations", 3)
     assert code == 0 and "tokenizer: done before" in stderr and "pretrain: parameters or inputs changed, runs again" in stderr
