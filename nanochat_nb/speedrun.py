@@ -43,7 +43,8 @@ TEXT = ("repackage", "clean")  # run as commands; each writes a folder of shards
 def settings_of(step: str):  # a dataclass
     "The settings of a step."
     chapter, module, name = STEPS[step]
-    if importlib.util.find_spec(f"nanochat_nb.{module}"): return getattr(importlib.import_module(f"nanochat_nb.{module}"), name)
+    if importlib.util.find_spec(f"nanochat_nb.{module}"):
+        return getattr(importlib.import_module(f"nanochat_nb.{module}"), name)
     raise NanochatError(f"step {step!r} needs chapter {chapter}, which is not in this copy; leave its section out")
 
 # %% ../nbs/10_speedrun.ipynb #d3231ec8
@@ -57,6 +58,7 @@ def place(path, key: str) -> str:
     found = (f"{path}, line {i}" for i, x in enumerate(lines, 1) if re.search(rf"(^|[\s{{,]){re.escape(key)}\s*:", x))
     return next(found, "command line")
 
+# %% ../nbs/10_speedrun.ipynb #f19dca7c
 def read_recipe(
     path,                       # YAML file
     overrides: dict = {},       # "depth" → value, for all steps; "sft.epochs" → value, for one
@@ -67,14 +69,16 @@ def read_recipe(
     steps = {s: dict(d[s] or {}) for s in STEPS if s in d and isinstance(d[s] or {}, dict)}
     for k, v in overrides.items():
         step, _, key = k.rpartition(".")
-        if step and step not in steps: raise NanochatError(f"--{k}: {path} has no section {step!r}{did_you_mean(step, steps)}")
+        if step and step not in steps:
+            raise NanochatError(f"--{k}: {path} has no section {step!r}{did_you_mean(step, steps)}")
         for s in [step] if step else steps: steps[s].pop(key, None)
         (steps[step] if step else common)[key] = v
     if not steps: raise NanochatError(f"{path} has no section; expected some of {', '.join(STEPS)}")
     known = {s: names_of(s) for s in steps}
     every = set().union(*known.values())
     for k, there in [(k, every | {*STEPS}) for k in common] + [(k, known[s]) for s in steps for k in steps[s]]:
-        if k not in there or k in STEPS: raise NanochatError(f"{place(path, k)}: unknown key {k!r}{did_you_mean(k, sorted(there))}")
+        if k not in there or k in STEPS:
+            raise NanochatError(f"{place(path, k)}: unknown key {k!r}{did_you_mean(k, sorted(there))}")
     return common, steps
 
 # %% ../nbs/10_speedrun.ipynb #d2a9cf16
@@ -124,13 +128,16 @@ def check_tasks(params: dict, base: Path, get: bool = False) -> str:
     asked = [(p[k], k == "tasks") for p in params.values() for k in ("conversations", "questions", "tasks") if p.get(k)]
     parts = [x.strip() for text, _ in asked for x in text.split(",")]
     for name in [re.sub(r":[^:]*$", "", x) for x in parts if ".jsonl" in x]:
-        if not Path(name).expanduser().exists(): raise NanochatError(f"{name} does not exist; make it (chapter 04a), or correct the name")
+        if not Path(name).expanduser().exists():
+            raise NanochatError(f"{name} does not exist; make it (chapter 04a), or correct the name")
     if not importlib.util.find_spec("nanochat_nb.tasks"): return f"{len(parts)} given"
-    tasks, endpoint = importlib.import_module("nanochat_nb.tasks"), next((p["endpoint"] for p in params.values() if p.get("endpoint")), "")
+    tasks = importlib.import_module("nanochat_nb.tasks")
+    endpoint = next((p["endpoint"] for p in params.values() if p.get("endpoint")), "")
     sets = {(x.split(":")[0], is_exam) for text, is_exam in asked for x in map(str.strip, text.split(","))}
     sets |= {(n, True) for n in tasks.guards([n for n, is_exam in sets if not is_exam])}
     here = {(n, e) for n, e in sets if n in tasks.TASKS}
-    if get: return " ".join(str(p) for n, e in here for p in tasks.bring(n, "exam" if e else "train", str(base), endpoint))
+    if get:
+        return " ".join(str(p) for n, e in here for p in tasks.bring(n, "exam" if e else "train", str(base), endpoint))
     files = dict.fromkeys(f for n, e in here if not (base / "task_data" / n / "manifest.json").exists()
                           for f in tasks.files_needed(n, e))
     told = preflight([f[:2] for f in files], endpoint)
@@ -146,11 +153,13 @@ def check_disk(params: dict, base: Path, text: int) -> str:
                num_iterations=cfg.num_iterations)
     disk = disk_plan(config_from_depth(cfg.depth, vocab, cfg.seq_len), text * (1 + sum(s in TEXT for s in params)),
                      run.tokens if cfg.token_cache else 0)
-    kept = sum(q.get("keep", 2) + 1 if q.get("save_every") else 1 for s, q in params.items() if s in ("pretrain", "mid", "sft", "rl"))
+    kept = sum(q.get("keep", 2) + 1 if q.get("save_every") else 1
+               for s, q in params.items() if s in ("pretrain", "mid", "sft", "rl"))
     need = sum(v for k, v in disk.items() if "checkpoints" not in k) + kept * disk["base_checkpoints"]
     free = shutil.disk_usage(base).free
     if need <= free: return f"{need / 1e9:.1f} GB wanted, {free / 1e9:.0f} GB free"
-    raise NanochatError(f"{need / 1e9:.1f} GB wanted, {free / 1e9:.0f} GB free under {base}; free some, or set NANOCHAT_BASE_DIR to another disk")
+    raise NanochatError(f"{need / 1e9:.1f} GB wanted, {free / 1e9:.0f} GB free under {base}; "
+                        "free some, or set NANOCHAT_BASE_DIR to another disk")
 
 # %% ../nbs/10_speedrun.ipynb #e2c54d38
 def check_gpu(params: dict) -> str:
@@ -160,12 +169,15 @@ def check_gpu(params: dict) -> str:
     n, kind = cfg.n_gpu, cfg.device or ("cuda" if there else "mps" if torch.backends.mps.is_available() else "cpu")
     if kind == "cuda" and n > there: raise NanochatError(f"n_gpu={n}, but {there} are here; say --n_gpu {there}")
     if kind == "cpu" and cfg.depth >= 8 and not cfg.device:
-        raise NanochatError(f"depth {cfg.depth} wants a GPU and there is none; take configs/tiny.yaml, or insist with --device cpu")
+        raise NanochatError(f"depth {cfg.depth} wants a GPU and there is none; "
+                            "take configs/tiny.yaml, or insist with --device cpu")
     if kind != "cuda": return f"{n} × {kind}"
     gb = torch.cuda.get_device_properties(0).total_memory / 2**30
     rows = micro_batch(config_from_depth(cfg.depth, cfg.vocab_size or 65536, cfg.seq_len), gb)
-    return f"{n} of {there} × {gb:.0f} GiB" + f"; {rows} rows fit by plan, {cfg.device_batch} asked" * (rows < cfg.device_batch)
+    more = f"; {rows} rows fit by plan, {cfg.device_batch} asked" * (rows < cfg.device_batch)
+    return f"{n} of {there} × {gb:.0f} GiB{more}"
 
+# %% ../nbs/10_speedrun.ipynb #796106a7
 def check_vocab(params: dict, base: Path) -> str:
     "Tokenizer and model of one size."
     sizes = {s: params[s].get("vocab_size", 0) for s in ("tokenizer", "pretrain") if s in params}
@@ -176,9 +188,11 @@ def check_vocab(params: dict, base: Path) -> str:
 
 def check_packages(params: dict) -> str:
     "Packages that are installed only on request."
-    want = {"local": ["datatrove"], "slurm": ["datatrove"], "ray": ["datatrove", "ray"]}.get(params.get("clean", {}).get("executor"), [])
+    by = {"local": ["datatrove"], "slurm": ["datatrove"], "ray": ["datatrove", "ray"]}
+    want = by.get(params.get("clean", {}).get("executor"), [])
     if params.get("repackage", {}).get("upload"): want = want + ["huggingface_hub"]
-    if missing := [x for x in want if not importlib.util.find_spec(x)]: raise NanochatError(f"pip install {' '.join(missing)}")
+    if missing := [x for x in want if not importlib.util.find_spec(x)]:
+        raise NanochatError(f"pip install {' '.join(missing)}")
     slow = params.get("tokenizer", {}).get("vocab_size", 0) > 8192 and not importlib.util.find_spec("numba")
     return "; ".join(want) + "a large vocabulary trains faster after pip install numba" * slow or "none wanted"
 
@@ -189,8 +203,9 @@ def roll_call(params: dict, base: Path) -> list[tuple]:  # (what, is it well?, w
     def look_at_text(*a):
         said, text[0] = check_text(*a)
         return said
-    checks = [("text", look_at_text, (params, base)), ("tasks", check_tasks, (params, base)), ("gpu", check_gpu, (params,)),
-              ("vocabulary", check_vocab, (params, base)), ("packages", check_packages, (params,))]
+    checks = [("text", look_at_text, (params, base)), ("tasks", check_tasks, (params, base)),
+              ("gpu", check_gpu, (params,)), ("vocabulary", check_vocab, (params, base)),
+              ("packages", check_packages, (params,))]
     for what, f, args in checks + [("disk", lambda: check_disk(params, base, text[0]), ())]:
         try: rows.append((what, True, f(*args)))
         except NanochatError as e: rows.append((what, False, str(e)[:300] + " …" * (len(str(e)) > 300)))
@@ -201,7 +216,8 @@ def fingerprints(params: dict, base: Path) -> dict:  # step → hex
     "What the outcome of each step is a function of: its parameters, its input files, and the steps before it."
     out, chain = {}, ""
     for s, p in params.items():
-        names = [re.sub(r"[:@][^:@/]*$", "", x.strip()) for k in ("source", "conversations", "questions") for x in str(p.get(k, "")).split(",")]
+        asked = [x.strip() for k in ("source", "conversations", "questions") for x in str(p.get(k, "")).split(",")]
+        names = [re.sub(r"[:@][^:@/]*$", "", x) for x in asked]
         roots = [Path(n).expanduser() for n in names if n and not Path(n).is_relative_to(base)]
         files = [f for r in roots if r.exists() for f in ([r] if r.is_file() else sorted(r.rglob("*"))) if f.is_file()]
         seen = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
@@ -211,9 +227,9 @@ def fingerprints(params: dict, base: Path) -> dict:  # step → hex
 # %% ../nbs/10_speedrun.ipynb #b0dbcff6
 @dataclass
 class SpeedrunSettings:
-    "Run the steps of a recipe (-f recipe.yaml); other flags override its keys, --depth 2 everywhere, --sft.epochs 2 in one step."
-    out: str = "runs/demo"  # folder of notebooks, logs, state and report; the base folder below it unless NANOCHAT_BASE_DIR is set
-    resume: bool = False    # go on with the run in `out`: finished steps whose parameters are the same are left as they are
+    "Run a recipe (-f recipe.yaml); other flags override its keys: --depth 2 everywhere, --sft.epochs 2 in one step."
+    out: str = "runs/demo"  # notebooks, logs, state, report; the base folder below, unless NANOCHAT_BASE_DIR is set
+    resume: bool = False    # go on with the run in `out`; finished steps with the same parameters are left as they are
     only: str = ""          # run this step alone
     preflight: bool = False # stop after the roll call
     show: str = ""          # print the parameters of this step as YAML, for papermill -f, and stop
@@ -221,6 +237,7 @@ class SpeedrunSettings:
 
 CHAPTERS = Path(data.__file__).parent.parent / "nbs"
 
+# %% ../nbs/10_speedrun.ipynb #95c52dc0
 def last_row(base: Path, since: float) -> dict:
     "The newest row of the metrics file written last since a time; {} when there is none."
     files = [p for p in base.glob("*_checkpoints/*/metrics.jsonl") if p.stat().st_mtime >= since]
@@ -249,6 +266,7 @@ class Live:
         if self.tty: self.say(text[:shutil.get_terminal_size().columns - 8], end="")
         elif time.time() - self.last >= 15 and text != self.shown: self.say(text)
 
+# %% ../nbs/10_speedrun.ipynb #374ba5ae
 def run_step(step: str, p: dict, out: Path, base: Path, notebooks: bool, live: Live) -> float:  # seconds
     "Run one step to its end; its failure is an error with the end of its log."
     chapter, module, _ = STEPS[step]
@@ -256,7 +274,8 @@ def run_step(step: str, p: dict, out: Path, base: Path, notebooks: bool, live: L
     with atomic_path(file) as f: f.write_text(yaml.safe_dump(p, allow_unicode=True, sort_keys=False), encoding="utf-8")
     by = ["papermill", CHAPTERS / f"{chapter}.ipynb", notebook, "--no-progress-bar"]
     if step in TEXT or not notebooks: by = [f"nanochat_nb.{module}"]
-    elif not by[1].exists(): raise NanochatError(f"{by[1]} does not exist; run from a copy of the book, or say --notebooks no")
+    elif not by[1].exists():
+        raise NanochatError(f"{by[1]} does not exist; run from a copy of the book, or say --notebooks no")
     start, child = time.time(), _start([str(x) for x in (sys.executable, "-m", *by, "-f", file)], log, 1)
     try:
         while child.poll() is None:
@@ -301,7 +320,8 @@ def talk(base: Path):
         for question, right in asked:
             messages.append({"role": "user", "content": question})
             messages.append({"role": "assistant", "content": engine.chat(messages, temperature=0.0, max_tokens=64)})
-            print(f"[{lang}] > {question}\n[{lang}]   {messages[-1]['content']}" + (f"   (right: {right})" if right else ""))
+            known = f"   (right: {right})" if right else ""
+            print(f"[{lang}] > {question}\n[{lang}]   {messages[-1]['content']}{known}")
 
 # %% ../nbs/10_speedrun.ipynb #3352282f
 def read_flags(argv: list) -> tuple[SpeedrunSettings, str, dict]:  # settings, recipe, overrides
@@ -311,12 +331,16 @@ def read_flags(argv: list) -> tuple[SpeedrunSettings, str, dict]:  # settings, r
     if not ns.file: raise NanochatError("no recipe; say -f configs/tiny.yaml, for example")
     while i < len(extra):
         name, eq, value = extra[i].removeprefix("--").partition("=")
-        if not extra[i].startswith("--"): raise NanochatError(f"unexpected argument {extra[i]!r}; overrides are given as --name value")
-        if not eq: i, value = (i + 1, extra[i + 1]) if i + 1 < len(extra) and not extra[i + 1].startswith("--") else (i, "true")
+        if not extra[i].startswith("--"):
+            raise NanochatError(f"unexpected argument {extra[i]!r}; overrides are given as --name value")
+        follows = extra[i + 1:i + 2] if not eq else []
+        if follows and not follows[0].startswith("--"): i, value = i + 1, follows[0]
+        elif not eq: value = "true"
         over[name], i = value, i + 1
     cfg = make_settings(SpeedrunSettings, own)
     return cfg, ns.file, over
 
+# %% ../nbs/10_speedrun.ipynb #d81a4173
 def main(argv: list):
     "Follow a recipe from the roll call to the report card."
     cfg, recipe, over = read_flags(argv)
@@ -343,13 +367,15 @@ def main(argv: list):
 def begin(params: dict, out: Path, base: Path, cfg: SpeedrunSettings, live: Live):
     "Folders and the roll call; what is there already is not overwritten without a word."
     if (out / "state.json").exists() and not (cfg.resume or cfg.only or cfg.preflight):
-        raise NanochatError(f"{out} holds a run; go on with it by --resume, or choose another --out, or delete the folder")
+        raise NanochatError(f"{out} holds a run; go on with it by --resume, "
+                            f"or choose another --out, or delete the folder")
     for p in (out, base): p.mkdir(parents=True, exist_ok=True)
     os.environ["NANOCHAT_BASE_DIR"] = str(base)
     live.say(f"{', '.join(params)}; notebooks and logs in {out}")
     rows = roll_call(params, base)
     for what, ok, said in rows: print(f"{what:12}{'ok' if ok else 'STOP':6}{said}", flush=True)
-    if bad := [what for what, ok, _ in rows if not ok]: raise NanochatError(f"nothing was started: see {', '.join(bad)} above")
+    if bad := [what for what, ok, _ in rows if not ok]:
+        raise NanochatError(f"nothing was started: see {', '.join(bad)} above")
 
 def finish(params: dict, out: Path, base: Path, live: Live):
     "The report card, a chat where there is something to say, and the time it took."
@@ -360,4 +386,5 @@ def finish(params: dict, out: Path, base: Path, live: Live):
     live.say(f"done: {seconds:.0f} s of steps; everything is in {out}")
 
 # %% ../nbs/10_speedrun.ipynb #92e6b2b6
-if __name__ == "__main__" and "get_ipython" not in globals(): run_main(lambda _: main(sys.argv[1:]), SpeedrunSettings, [])
+if __name__ == "__main__" and "get_ipython" not in globals():
+    run_main(lambda _: main(sys.argv[1:]), SpeedrunSettings, [])
