@@ -10,7 +10,8 @@ CHAPTERS ?=
 
 .PHONY: demo test env execute sync check html hooks clean
 demo: env
-	$(PY) dev/demo.py
+	rm -rf runs/demo
+	NANOCHAT_BASE_DIR= $(PY) -m nanochat_nb.speedrun -f configs/tiny.yaml
 
 test: env
 	$(PY) dev/book.py test

@@ -200,7 +200,8 @@ class RepackageSettings:
 # %% ../nbs/00d_repackage.ipynb #22e788d4
 def _files(name: str, cfg: RepackageSettings) -> tuple[list, str]:
     "(path, is it held out?) of the files of a source, and their licence; a named source is prepared first."
-    args = dict(source=name, base_dir=cfg.base_dir, n_shards=cfg.n_shards, endpoint=cfg.endpoint)
+    n = min(cfg.n_shards, data.HUBS[name]["shards"] - 1) if name in data.HUBS else 0      # or all that it has
+    args = dict(source=name, base_dir=cfg.base_dir, n_shards=n, endpoint=cfg.endpoint)
     folder = prepare(DataSettings(**args)) if name in SOURCES else Path(name).expanduser()
     if not (folder / "manifest.json").exists(): return [(p, False) for p in source_files(name)], "that of the files"
     m = read_manifest(folder)

@@ -9,7 +9,8 @@ TEXT = (ROOT/"dev/GUIDE.md").read_text(encoding="utf-8")
 ROWS = [[c.strip() for c in line.strip("|").split(" | ")] for line in TEXT.splitlines() if re.match(r"\| \d\.\d \|", line)]
 GUIDE = [f"{part}.{row}" for part, n in enumerate((4, 4, 3, 8, 8, 3), 1) for row in range(1, n + 1)]
 MAIN = {"data": "DataFlags", "tokenizer": "TokenizerSettings", "clean": "CleanSettings", "pipeline": "PipelineSettings",
-        "plan": "PlanSettings", "repackage": "RepackageSettings", "loader": "LoaderSettings", "convert": "ConvertSettings", "pretrain": "PretrainSettings", "core": "CoreSettings", "sft": "SFTSettings"}
+        "plan": "PlanSettings", "repackage": "RepackageSettings", "loader": "LoaderSettings", "convert": "ConvertSettings",
+        "pretrain": "PretrainSettings", "core": "CoreSettings", "sft": "SFTSettings", "speedrun": "SpeedrunSettings"}
 
 @cache
 def headings(chapter):
@@ -47,10 +48,10 @@ def test_what_a_row_names_is_there(row):
     assert re.match(r"(works|partly|not yet): \S.{15,}", state), state
 
 def check_command(command):
-    if m := re.fullmatch(r"python -m nanochat_nb\.(\w+)((?: --\w+(?: \S+)?)*)", command):
+    if m := re.fullmatch(r"python -m nanochat_nb\.(\w+)(?: -f (\S+))?((?: --\w+(?: \S+)?)*)", command):
         module = importlib.import_module(f"nanochat_nb.{m[1]}")
         fields = {f.name for f in dataclasses.fields(getattr(module, MAIN[m[1]]))}
-        assert hasattr(module, "main") and set(re.findall(r"--(\w+)", m[2])) <= fields, command
+        assert hasattr(module, "main") and set(re.findall(r"--(\w+)", m[3])) <= fields and (ROOT/(m[2] or "")).exists(), command
     elif m := re.fullmatch(r"papermill nbs/(\w+)\.ipynb runs/\w+\.ipynb((?: -p \w+ \S+)+)", command):
         assert set(re.findall(r"-p (\w+)", m[2])) <= parameters(m[1]), command
     else: assert (ROOT/re.fullmatch(r"jupyter lab (nbs/\w+\.ipynb)", command)[1]).exists(), command

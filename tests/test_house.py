@@ -1,4 +1,4 @@
-"The house around the chapters: two configurations of one package, the checks of the book, the READMEs, the configs."
+"The house around the chapters: two configurations of one package, the checks of the book, the READMEs."
 import ast, configparser, os, re, shutil, subprocess, sys
 from pathlib import Path
 import nbformat, pytest, yaml
@@ -6,7 +6,7 @@ import nanochat_nb
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT/"dev"))
-import book, demo
+import book
 
 if sys.version_info >= (3, 11): import tomllib
 else: import tomli as tomllib

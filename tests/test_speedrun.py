@@ -1,0 +1,158 @@
+"One command: misspelt keys, the roll call, a killed run that goes on, a changed step, failures and what they leave behind."
+import os, signal, subprocess, sys, time, types
+from pathlib import Path
+import pyarrow.parquet as pq, pytest, yaml
+from nanochat_nb import speedrun
+from nanochat_nb.pretrain import PretrainSettings
+from nanochat_nb.runtime import read_metrics
+from nanochat_nb.settings import NanochatError, read_json
+from nanochat_nb.speedrun import STEPS, fingerprints, parameters, read_recipe, roll_call
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS, CORPUS = sorted((ROOT/"configs").glob("*.yaml")), ROOT.parent/"shared/corpus"
+SMALL = """source: world
+depth: 1
+vocab_size: 512
+data: {n_people: 20, n_chars: 200000}
+tokenizer:
+pretrain: {num_iterations: 120, seq_len: 128, batch_tokens: 1024, eval_tokens: 1024, eval_every: 1000, save_every: 10, device: cpu}
+"""
+
+def start(out, *flags, recipe=None, **kw):
+    file = out.parent/"recipe.yaml"
+    if recipe or not file.exists(): file.write_text(recipe or SMALL, encoding="utf-8")
+    env = {k: v for k, v in os.environ.items() if k != "NANOCHAT_BASE_DIR"} | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, "-m", "nanochat_nb.speedrun", "-f", str(file), "--out", str(out), "--notebooks", "no", *map(str, flags)],
+                            cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
+
+def run(*a, **kw):
+    p = start(*a, **kw)
+    stdout, stderr = p.communicate(timeout=240)
+    return p.returncode, stdout, stderr
+
+def children(folder):
+    "Processes whose command line names a folder."
+    out = []
+    for p in Path("/proc").glob("[0-9]*/cmdline"):
+        try: out += [p.parent.name] * (str(folder) in p.read_bytes().decode(errors="replace"))
+        except OSError: pass
+    return out
+
+# ---- the recipes
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_key_of_a_recipe_reaches_a_step(path, tmp_path):
+    common, steps = read_recipe(path)
+    params = {s: p for s, p in parameters(path, {}, tmp_path).items() if s != "rl"}
+    assert all(any(k in p for p in params.values()) for k in common)
+    assert list(params) == [s for s in STEPS if s in steps]
+    sizes = {params[s]["vocab_size"] for s in ("tokenizer", "pretrain")}
+    assert len(sizes) == 1 and len({p["depth"] for p in params.values() if "depth" in p}) == 1
+
+@pytest.mark.parametrize("text, said", [
+    ("source: world\npretrain:\n  num_iteration: 9\n", ["line 3", "'num_iteration'", "did you mean 'num_iterations'"]),
+    ("depht: 4\npretrain:\n", ["line 1", "did you mean 'depth'"]), ("pretrian:\n  depth: 4\ntokenizer:\n", ["line 1", "did you mean 'pretrain'"]),
+    ("n_gpu: 8\ntokenizer:\n", ["line 1", "'n_gpu'"]), ("source: world\n", ["no section"]), ("pretrain: 4\n", ["pretrain"]),
+    ("pretrain: {depth: four}\n", ["section pretrain", "'four'"])])
+def test_a_misspelt_key_is_named_with_its_line(text, said, tmp_path):
+    (tmp_path/"a.yaml").write_text(text)
+    with pytest.raises(NanochatError) as e: parameters(tmp_path/"a.yaml", {}, tmp_path)
+    assert "a.yaml" in str(e.value) and all(s in str(e.value) for s in said), e.value
+
+def test_overrides(tmp_path):
+    over = speedrun.read_flags(["-f", str(ROOT/"configs/speedrun.yaml"), "--depth", "2", "--mid.epochs=2", "--device_batch", "4", "--n_shards", "-1"])[2]
+    p = parameters(ROOT/"configs/speedrun.yaml", over, tmp_path)
+    assert p["pretrain"]["depth"] == p["sft"]["depth"] == 2 and p["data"]["n_shards"] == -1
+    assert p["mid"]["epochs"] == 2 and "epochs" not in p["sft"] and p["pretrain"]["device_batch"] == 4
+    with pytest.raises(NanochatError, match="no section 'midd'; did you mean 'mid'"): read_recipe(ROOT/"configs/speedrun.yaml", {"midd.epochs": "1"})
+    with pytest.raises(NanochatError, match="command line: unknown key 'depht'"): read_recipe(ROOT/"configs/tiny.yaml", {"depht": "1"})
+
+# ---- the roll call
+
+def test_preflight_refuses_a_missing_file_before_anything_runs(tmp_path):
+    code, stdout, stderr = run(tmp_path/"out", "--source", "no_such_folder")
+    assert code == 2 and "nothing was started: see text" in stderr and "no_such_folder" in stdout and "Traceback" not in stderr
+    assert not (tmp_path/"out/state.json").exists() and not list((tmp_path/"out").glob("*.log"))
+
+def test_preflight_alone_stops_after_the_table(tmp_path):
+    code, stdout, _ = run(tmp_path/"out", "--preflight")
+    assert code == 0 and [l.split()[1] for l in stdout.splitlines()] == ["ok"] * 6 and not (tmp_path/"out/state.json").exists()
+
+def stops(params, base, what):
+    return [said for w, ok, said in roll_call(params, base) if not ok and w == what]
+
+def test_what_the_roll_call_sees(tmp_path, monkeypatch):
+    p = {"tokenizer": dict(source="world", vocab_size=512), "pretrain": dict(source="world", depth=1, vocab_size=512)}
+    assert not [x for x in roll_call(p, tmp_path) if not x[1]]
+    assert "differs" in stops(p | {"tokenizer": dict(vocab_size=600)}, tmp_path, "vocabulary")[0]
+    assert "mine.jsonl" in stops(p | {"sft": dict(conversations="world,mine.jsonl:500")}, tmp_path, "tasks")[0]
+    assert "nosuchpackage" not in str(roll_call(p, tmp_path))
+    (tmp_path/"hub").mkdir()
+    far = {"data": dict(source="fineweb-edu", n_shards=2, endpoint=str(tmp_path/"hub"))} | p
+    assert "3 of 3 files cannot be reached" in stops(far, tmp_path, "text")[0]
+    monkeypatch.setattr(speedrun.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=10))
+    assert "free some" in stops(p, tmp_path, "disk")[0]
+    monkeypatch.setattr(speedrun.torch.cuda, "device_count", lambda: 2)
+    assert "say --n_gpu 2" in stops(p | {"pretrain": dict(depth=1, n_gpu=8, device="cuda")}, tmp_path, "gpu")[0]
+
+# ---- runs
+
+def test_killed_in_the_middle_and_resumed_and_changed(tmp_path):
+    out = tmp_path/"out"
+    p = start(out)
+    metrics, end = out/"base/base_checkpoints/d1/metrics.jsonl", time.time() + 120
+    while time.time() < end and p.poll() is None and not (out/"base/base_checkpoints/d1/latest").exists(): time.sleep(0.1)
+    p.send_signal(signal.SIGINT)
+    _, stderr = p.communicate(timeout=40)
+    assert p.returncode == 130 and "--resume" in stderr.split("go on with: ")[1] and "Traceback" not in stderr
+    assert not children(out), "a child outlived the run"
+    state = read_json(out/"state.json")
+    assert [(s, x["done"]) for s, x in state.items()] == [("data", True), ("tokenizer", True), ("pretrain", False)]
+    code, _, stderr = run(out)
+    assert code == 2 and "holds a run" in stderr
+    code, _, stderr = run(out, "--resume")
+    assert code == 0, stderr
+    assert "data: done before" in stderr and "tokenizer: done before" in stderr and "pretrain: was interrupted, resumes" in stderr
+    steps = [r["step"] for r in read_metrics(metrics) if "loss" in r]
+    assert steps == list(range(120)) and yaml.safe_load((out/"pretrain.yaml").read_text())["resume"] is True
+
+def test_a_changed_parameter_runs_again_from_that_step_on(tmp_path):
+    a = parameters(ROOT/"configs/speedrun.yaml", {}, tmp_path)
+    prints = fingerprints(a, tmp_path)
+    for change, again in (({"sft.epochs": "2"}, 2), ({"pretrain.ratio": "10"}, 4), ({"data.n_shards": "8"}, 6), ({}, 0)):
+        b = fingerprints(parameters(ROOT/"configs/speedrun.yaml", change, tmp_path), tmp_path)
+        assert [prints[s] == b[s] for s in prints] == [True] * (6 - again) + [False] * again
+    text = tmp_path/"text.txt"
+    text.write_text("one")
+    mine = {"data": dict(source=str(text)), "tokenizer": {}}
+    before = fingerprints(mine, tmp_path/"base")
+    text.write_text("another")
+    assert all(before[s] != x for s, x in fingerprints(mine, tmp_path/"base").items())
+
+def test_a_changed_and_a_failing_step(tmp_path):
+    out, quick = tmp_path/"out", SMALL.replace("num_iterations: 120", "num_iterations: 2")
+    assert run(out, recipe=quick)[0] == 0
+    code, _, stderr = run(out, "--resume", "--pretrain.num_iterations", 3)
+    assert code == 0 and "tokenizer: done before" in stderr and "pretrain: parameters or inputs changed, runs again" in stderr
+    assert read_metrics(out/"base/base_checkpoints/d1/metrics.jsonl")[-1]["n_steps"] == 3
+    code, _, stderr = run(out, "--resume", "--tokenizer.pattern", "(")
+    assert code == 2 and "step tokenizer ended" in stderr and "go on with: " in stderr and not read_json(out/"state.json")["tokenizer"]["done"]
+
+@pytest.mark.skipif(not CORPUS.exists(), reason="no ../shared/corpus")
+def test_the_chinese_recipe_end_to_end_on_real_text(tmp_path):
+    for lang, n in (("zh", 800), ("en", 120)):
+        (tmp_path/lang).mkdir()
+        pq.write_table(pq.read_table(CORPUS/lang/"shard_00000.parquet", columns=["text"]).slice(0, n), tmp_path/lang/"text.parquet")
+    out, recipe = tmp_path/"out", (ROOT/"configs/chinese_d20.yaml").read_text(encoding="utf-8")
+    small = dict(source=f"{tmp_path/'zh'}:0.8,{tmp_path/'en'}:0.2", depth=2, vocab_size=2048, num_iterations=20, n_gpu=1, workers=1, seq_len=128,
+                 batch_tokens=1024, eval_tokens=2048, n_questions=4, n_conversations=200, device="cpu")
+    code, stdout, stderr = run(out, *[x for k, v in small.items() for x in (f"--{k}", v)], recipe=recipe)
+    assert code == 0, stderr
+    rows = [r for r in read_metrics(out/"base/base_checkpoints/d2/metrics.jsonl") if "bpb_zh" in r]
+    print("bits a byte", rows[0]["bpb_zh"], rows[0]["bpb_en"], "→", rows[-1]["bpb_zh"], rows[-1]["bpb_en"])
+    assert all(rows[-1][k] < rows[0][k] for k in ("bpb_zh", "bpb_en"))
+    report = read_json(out/"report.json")
+    assert {*report["stages"]["base"]["bpb"]} == {*report["stages"]["sft"]["bpb"]} == {"zh", "en"} and "bits a byte" in stdout
+    cleaned = read_json(out/"base/base_data/clean/clean.json")
+    assert 0 < cleaned["kept"] < cleaned["documents"]
+    assert read_json(out/"base/tokenizer/meta.json")["bytes_per_token"]["zh"] > 2
