@@ -348,8 +348,9 @@ def report_markdown(
     samples = r["stages"].get("pretrain", {}).get("samples", {}).items()
     wrote = [f"- {l}: {' / '.join(t.splitlines())}" for l, t in samples]
     if wrote: wrote = ["", "The base model, continuing:", "", *wrote]
-    return "\n".join([f"# Report card · {r['tag']}", "", *about, *_exam_lines(r), "", *_task_lines(r), *_stage_lines(r), "",
-                      *(f"![{p}]({p})" for p in pictures), "", "| exam | first question | right | said |",
+    return "\n".join([f"# Report card · {r['tag']}", "", *about, *_exam_lines(r), "", *_task_lines(r),
+                      *_stage_lines(r), "", *(f"![{p}]({p})" for p in pictures), "",
+                      "| exam | first question | right | said |",
                       "|---|---|---|---|", *said, *wrote]) + "\n"
 
 # %% ../nbs/06_eval.ipynb #6629fbf5

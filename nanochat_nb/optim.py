@@ -108,6 +108,8 @@ def share(
     k = -(-n // world)
     return slice(min(n, rank * k), min(n, rank * k + k)), k
 
+
+# %% ../nbs/02a_optim.ipynb #709969d9
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor            # newer, older torch
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -123,6 +125,8 @@ def scatter_mean(
     else: work = _reduce_scatter(part := full.new_empty(k, *t.shape[1:]), full, async_op=True)
     return lambda: (work.wait(), part[:mine.stop - mine.start])[1]
 
+
+# %% ../nbs/02a_optim.ipynb #1a50a94b
 def gather_rows(
     t: Tensor,  # this rank's rows
     n: int,     # rows of all ranks
@@ -139,6 +143,7 @@ def gather_rows(
 @functools.lru_cache
 def _compiled(): return torch.compile(orthogonalize, dynamic=False)
 
+# %% ../nbs/02a_optim.ipynb #d3444627
 class MuonAdamW(torch.optim.Optimizer):
     "Groups of kind 'muon' hold matrices of one shape, groups of kind 'adamw' anything; one state for both."
     def __init__(self,
@@ -158,7 +163,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def step(self, closure=None):
         "One update of every parameter from the mean of its `.grad` over the ranks; parameters without one stay."
         loss = None if closure is None else torch.enable_grad()(closure)()
-        sent = [[scatter_mean(t) for t in self._gradients(g)] for g in self.param_groups]  # all on their way at once
+        sent = [[scatter_mean(t) for t in self._gradients(g)] for g in self.param_groups]  # all under way at once
         back = [self._update(g, [wait() for wait in waits]) for g, waits in zip(self.param_groups, sent) if waits]
         for p, wait in [x for xs in back for x in xs]: p.copy_(wait())
         return loss
@@ -177,6 +182,7 @@ def _gradients(self: MuonAdamW, g: dict) -> list[Tensor]:
     if g["kind"] == "muon": return [torch.stack(grads)] if ps else []
     return [torch.atleast_1d(x) for x in grads]
 
+# %% ../nbs/02a_optim.ipynb #6ad6c243
 @patch
 def _update(self: MuonAdamW, g: dict, grads: list[Tensor]) -> list: # (parameter, function that waits for its new value)
     "Update this rank's rows of a group and begin to send them."
@@ -203,7 +209,8 @@ def even_out(
 ) -> Tensor:        # same shape and norms, neurons of even size
     "Divide each neuron's update by its running size (NorMuon, Li et al. 2025)."
     square = neuron_means(update)
-    even = update * state.setdefault("square", torch.zeros_like(square)).lerp_(square, 1 - beta2).clamp(min=1e-10).rsqrt()
+    mean = state.setdefault("square", torch.zeros_like(square)).lerp_(square, 1 - beta2)
+    even = update * mean.clamp(min=1e-10).rsqrt()
     return even * (update.norm(dim=(1, 2), keepdim=True) / even.norm(dim=(1, 2), keepdim=True).clamp(min=1e-10))
 
 # %% ../nbs/02a_optim.ipynb #cb659e70
@@ -233,8 +240,9 @@ def _adamw(self: MuonAdamW, g: dict, ps: list[Tensor], mine: list[Tensor], grads
         self.state[p] = dict(step=step, mean=torch.zeros_like(m), square=torch.zeros_like(m))
     some = [(p, m, x) for p, m, x in zip(ps, mine, grads) if m.numel()]
     mean, square, step = ([self.state[p][k] for p, *_ in some] for k in ("mean", "square", "step"))
-    adamw([m for _, m, _ in some], [x for *_, x in some], mean, square, [], step, fused=True, amsgrad=False,
-          maximize=False, beta1=g["betas"][0], beta2=g["betas"][1], lr=g["lr"], weight_decay=g["weight_decay"], eps=g["eps"])
+    (beta1, beta2), (_, rows, grads) = g["betas"], zip(*some) if some else ((), (), ())
+    adamw(list(rows), list(grads), mean, square, [], step, fused=True, amsgrad=False, maximize=False,
+          beta1=beta1, beta2=beta2, lr=g["lr"], weight_decay=g["weight_decay"], eps=g["eps"])
 
 # %% ../nbs/02a_optim.ipynb #4857e9ed
 @patch

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import torch
 from fastcore.basics import patch
-from .settings import (NanochatError, atomic_path, base_folder, from_notebook, read_json, run_main, write_json,
-                                  write_yaml)
+from .settings import (NanochatError, atomic_path, base_folder, from_notebook, read_json, run_main,
+                                  write_json, write_yaml)
 from .data import find_data, iter_texts
 from .tokenizer import Tokenizer, TokenizerSettings, prepare_tokenizer
 from .loader import Prefetch, TextLoader, eval_batches, loader_warning, prepare_cache
@@ -121,12 +121,7 @@ class Trainer:
         self.short = rt.device.type == "cpu" and self.n_steps < 300  # too short to compile: run it exactly instead
         if self.short and not cfg.dtype: rt.dtype = torch.float32
         if rt.device.type == "cuda": self.model.loss_chunk = 2**29  # scores held at once: 2 GiB
-        self.loader, self.saver = Prefetch(self.loader, rt.device), Saver()
-        self.fits, self.memory_file = False, base_folder(cfg.base_dir) / "memory.json"
-        self.known_rows = read_json(self.memory_file) if self.memory_file.exists() else {}
-        fits = self.known_rows.get(self.memory_key(), self.micro_rows)
-        if fits < self.micro_rows: print0(f"{fits} rows at a time, as {self.memory_file} remembers; delete it to try more")
-        self.micro_rows = min(self.micro_rows, fits)
+        self.loader, self.saver, self.fits = Prefetch(self.loader, rt.device), Saver(), False  # see `fit_rows`
         names = ("matrix_lr", "embedding_lr", "unembedding_lr", "weight_decay", "muon_beta2", "lr_scale")
         self.opt = make_optimizer(self.model, dtype=rt.dtype, **{k: getattr(cfg, k) for k in names})
 
@@ -158,12 +153,15 @@ def memory_key(self: Trainer) -> str:
     "What decides how many rows fit."
     c, where = self.model.cfg, self.rt.device
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
-    return f"{name}, {c.arch} {c.n_layer} x {c.n_embd}, {c.vocab_size} x {c.seq_len}, {self.rt.dtype}, {self.cfg.activation_budget}"
+    return f"{name}, {asdict(c)}, {self.rt.dtype}, fp8 {self.cfg.fp8}, activation_budget {self.cfg.activation_budget}"
 
+# %% ../nbs/03_pretrain.ipynb #c87a37bc
 @patch
 def fit_rows(self: Trainer, model, x, y, count) -> torch.Tensor: # as of `accumulate`
     "The first step: fewer rows at a time until memory suffices on every rank."
-    short = torch.zeros((), device=self.rt.device)
+    path, key, short = base_folder(self.cfg.base_dir) / "memory.json", self.memory_key(), x.new_zeros(1).float()
+    known = read_json(path) if path.exists() else {}
+    self.micro_rows = min(self.micro_rows, known.get(key, self.micro_rows))
     try: total = self.accumulate(model, x, y, count)
     except torch.OutOfMemoryError: short += 1
     all_reduce_mean([short])
@@ -175,7 +173,7 @@ def fit_rows(self: Trainer, model, x, y, count) -> torch.Tensor: # as of `accumu
                                       f"or set activation_budget (now {self.cfg.activation_budget}) to 0.5")
     print0(f"memory: {self.micro_rows} rows at a time are too many; trying {fewer[-1]}")
     self.micro_rows = fewer[-1]
-    if self.rt.is_main: write_json(self.memory_file, self.known_rows | {self.memory_key(): self.micro_rows})
+    if self.rt.is_main: write_json(path, known | {key: self.micro_rows})
     if self.rt.device.type == "cuda": torch.cuda.empty_cache()
     return self.fit_rows(model, x, y, count)
 

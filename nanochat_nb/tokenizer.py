@@ -414,8 +414,8 @@ def recipe_of(
     "What the tokenizer is a function of."
     shards = "".join(s["sha256"] for s in manifest["shards"] if s["split"] == "train")
     pattern = cfg.pattern or SPLIT_PATTERN.replace("{1,4}", f"{{1,{cfg.han}}}")
-    return dict(source=cfg.source, vocab_size=cfg.vocab_size, max_chars=cfg.max_chars, doc_cap=cfg.doc_cap,
-                pattern=pattern, max_pieces=cfg.max_pieces, special=list(SPECIAL), data=hashlib.sha256(shards.encode()).hexdigest())
+    asked = {k: getattr(cfg, k) for k in ("source", "vocab_size", "max_chars", "doc_cap", "max_pieces")}
+    return asked | dict(pattern=pattern, special=list(SPECIAL), data=hashlib.sha256(shards.encode()).hexdigest())
 
 # %% ../nbs/01_tokenizer.ipynb #a839db22
 def prepare_tokenizer(
