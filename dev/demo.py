@@ -15,6 +15,7 @@ STEPS = [  # (step: its parameter file and output notebook, chapter it runs)
     ("03_pretrain", "03_pretrain"),
     ("04_mid", "04_sft"),
     ("04_sft", "04_sft"),
+    ("07_rl", "07_rl"),
     ("06_eval", "06_eval"),
 ]
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}

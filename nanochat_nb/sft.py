@@ -28,7 +28,7 @@ class SFTSettings(TrainSettings):
     "Settings of midtraining and fine-tuning; a zero or empty value is filled in from the base model."
     stage: str = "sft"           # mid or sft: which checkpoints are written
     init: str = ""               # stage to start from: base or mid; empty: mid for sft if it exists, else base
-    conversations: str = "world" # world and JSONL files, by commas; own.jsonl:500, :max500 or a weight, :0.7
+    conversations: str = "world" # world, world:<kinds> and JSONL files, by commas; own.jsonl:500, :max500 or a weight, :0.7
     n_conversations: int = 8000  # of the world
     text_share: float = 0.25     # rows of a batch that are documents, so that facts are not forgotten
     epochs: float = 1.0          # passes over the conversations
@@ -52,10 +52,10 @@ def take(
 def gather(cfg: SFTSettings) -> list[dict]: # {"messages"}
     "The conversations of a stage; `mid` and `sft` draw different ones from the world."
     parts, sets = parse_mix(cfg.conversations), []
-    for name, kind, n in parts:
-        if name == "world":
-            seed, n = 1 if cfg.stage == "mid" else 2, int(n) if kind in ("count", "max") else cfg.n_conversations
-            sets.append(world_conversations(world_of(cfg.base_dir), n, seed=seed))
+    for name, how, n in parts:
+        if name.split(":")[0] == "world":                                 # world:mcq+turns: only these kinds
+            seed, n = 1 if cfg.stage == "mid" else 2, int(n) if how in ("count", "max") else cfg.n_conversations
+            sets.append(world_conversations(world_of(cfg.base_dir), n, seed=seed, kind=name[6:]))
         elif Path(name).is_file(): sets.append(read_conversations(name))
         else: raise NanochatError(f"conversations: {name!r} is no file; expected world or JSONL files, "
                                   f"separated by commas{did_you_mean(name, ['world'])}")
