@@ -593,6 +593,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'nanochat_nb.rl.RLTrainer.gradients': ('rl.html#rltrainer.gradients', 'nanochat_nb/rl.py'),
                                 'nanochat_nb.rl.RLTrainer.restore': ('rl.html#rltrainer.restore', 'nanochat_nb/rl.py'),
                                 'nanochat_nb.rl.RLTrainer.train_step': ('rl.html#rltrainer.train_step', 'nanochat_nb/rl.py'),
+                                'nanochat_nb.rl.StepSettings': ('rl.html#stepsettings', 'nanochat_nb/rl.py'),
                                 'nanochat_nb.rl.advantages': ('rl.html#advantages', 'nanochat_nb/rl.py'),
                                 'nanochat_nb.rl.answer_row': ('rl.html#answer_row', 'nanochat_nb/rl.py'),
                                 'nanochat_nb.rl.gather': ('rl.html#gather', 'nanochat_nb/rl.py'),
