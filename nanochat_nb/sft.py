@@ -28,7 +28,7 @@ class SFTSettings(TrainSettings):
     "Settings of midtraining and fine-tuning; a zero or empty value is filled in from the base model."
     stage: str = "sft"           # mid or sft: which checkpoints are written
     init: str = ""               # stage to start from: base or mid; empty: mid for sft if it exists, else base
-    conversations: str = "world" # world, world:<kinds>, JSONL files, by commas; own.jsonl:500, :max500 or a weight, :0.7
+    conversations: str = "world" # world, world:<kinds>, JSONL files by commas; own.jsonl:500, :max500 or a weight, :0.7
     n_conversations: int = 8000  # of the world
     text_share: float = 0.25     # rows of a batch that are documents, so that facts are not forgotten
     epochs: float = 1.0          # passes over the conversations
