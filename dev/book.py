@@ -13,7 +13,7 @@ from pathlib import Path
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
-PARAMETERS = ("00_data", "01_tokenizer", "03_pretrain", "04_sft", "06_eval")  # chapters that papermill runs with parameters
+PARAMETERS = ("00_data", "01_tokenizer", "03_pretrain", "04_sft", "06_eval", "07_rl")  # chapters that papermill runs with parameters
 MAX_KB, MAX_LINES, MAX_COLUMNS, MAX_SENTENCES = 500, 25, 120, 3
 
 HAN = re.compile(r"[\u4e00-\u9fff]")

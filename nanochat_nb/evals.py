@@ -32,7 +32,7 @@ class EvalSettings:
     "Settings of the exam and the report card."
     base_dir: str = ""            # base folder; empty: $NANOCHAT_BASE_DIR or ~/.cache/nanochat
     tag: str = ""                 # which run, e.g. d4; empty: the one written last
-    stages: str = "base,mid,sft"  # stages to examine, those that exist
+    stages: str = "base,mid,sft,rl" # stages to examine, those that exist
     n_questions: int = 200        # of each kind and language
     tasks: str = ""               # public exams of chapter 03a, by commas: arc-easy,gsm8k,ceval
     task_questions: int = 0       # of each public exam; 0: all
@@ -164,11 +164,11 @@ def exam_table(
     return out
 
 # %% ../nbs/06_eval.ipynb #8830d78a
-STAGES = {"base": "pretrain", "mid": "mid", "sft": "sft"}  # stages in order, and what the report calls them
+STAGES = {"base": "pretrain", "mid": "mid", "sft": "sft", "rl": "rl"}  # stages in order, and what the report calls them
 
 def checkpoints(
     base: str | Path,  # base folder
-    stage: str,        # base, mid or sft
+    stage: str,        # base, mid, sft or rl
     tag: str = "",     # e.g. d4; empty: any
 ) -> list[Path]:
     "The folders of a stage that hold a checkpoint, the one written last at the end."
@@ -178,7 +178,7 @@ def checkpoints(
 
 def find_checkpoint(
     base: str | Path = "",  # base folder
-    stage: str = "",        # base, mid or sft; empty: the last one there is
+    stage: str = "",        # base, mid, sft or rl; empty: the last one there is
     tag: str = "",          # e.g. d4; empty: the one written last
 ) -> Path:                  # …_checkpoints/<tag>
     "The folder of checkpoints to use."
@@ -211,7 +211,7 @@ def load_model(
 
 def load_engine(
     base: str | Path = "",    # base folder
-    stage: str = "",          # base, mid or sft; empty: the last one there is
+    stage: str = "",          # base, mid, sft or rl; empty: the last one there is
     tag: str = "",            # e.g. d4; empty: the one written last
     runtime=None,             # empty: the best device
     step: int | None = None,  # None: the latest
@@ -226,7 +226,7 @@ def load_engine(
 # %% ../nbs/06_eval.ipynb #0e03bc50
 def stage_record(
     base: Path,
-    stage: str,  # base, mid or sft
+    stage: str,  # base, mid, sft or rl
     tag: str,
 ) -> dict:       # empty if the stage left no metrics; else settings, steps, tokens, seconds, tokens_per_s, loss, bpb, …
     "What a training stage left behind."

@@ -40,7 +40,7 @@ def tokenizer_config(
 # %% ../nbs/09_export.ipynb #4c2d764c
 def model_card(
     meta: dict,    # of the checkpoint
-    stage: str,    # base, mid or sft
+    stage: str,    # base, mid, sft or rl
     params: int,
 ) -> str:          # README.md
     "A model card in Chinese and English."
@@ -183,7 +183,7 @@ class ExportSettings:
     to: str = "hf"          # form: hf
     source: str = ""        # folder of a published model to read in instead, as a checkpoint of `stage` and `tag`
     base_dir: str = ""      # base folder; empty: $NANOCHAT_BASE_DIR or ~/.cache/nanochat
-    stage: str = ""         # base, mid or sft; empty: the last one there is (of an import: sft)
+    stage: str = ""         # base, mid, sft or rl; empty: the last one there is (of an import: sft)
     tag: str = ""           # which run, e.g. d4; empty: the one written last
     step: int = -1          # of the checkpoint; -1: the latest
     dtype: str = "float32"  # of the weights: float32, bfloat16 or float16

@@ -400,7 +400,7 @@ def progress_text(
     "`step 120/500 loss 3.210 7,512 tok/s 01:43 left` from one row; values it lacks are left out."
     step, n_steps, speed = row.get("step", 0), row.get("n_steps"), row.get("tok_per_s")
     out = [f"step {step}" + (f"/{n_steps}" if n_steps else "")]
-    out += [f"{k} {row[k]:.3f}" for k in ("loss", "bpb_zh", "bpb_en") if row.get(k) is not None]
+    out += [f"{k} {row[k]:.3f}" for k in ("loss", "reward", "bpb_zh", "bpb_en") if row.get(k) is not None]
     if speed: out.append(f"{speed:,.0f} tok/s")
     if speed and n_steps and row.get("tokens"):
         s = int(row["tokens"] / (step + 1) * max(0, n_steps - step - 1) / speed)
@@ -428,8 +428,9 @@ def plot_metrics(
     def draw(ax, key, *style, **kw):
         pts = [(r["step"], r[key]) for r in rows if r.get(key) is not None]
         return ax.plot(*zip(*pts), *style, label=key, **kw) if pts else []
-    shown = draw(ax, "loss", lw=1)
-    ax.set(xlabel="step", ylabel="loss (nats a token)", xlim=(0, rows[-1].get("n_steps")))
+    key = "reward" if any("reward" in r for r in rows) else "loss"
+    shown = draw(ax, key, lw=1)
+    ax.set(xlabel="step", ylabel={"loss": "loss (nats a token)"}.get(key, key), xlim=(0, rows[-1].get("n_steps")))
     if any(r.get(k) is not None for r in rows for k in ("bpb_zh", "bpb_en")):
         right = ax.twinx()
         shown += draw(right, "bpb_zh", "o-", ms=3, c="C3") + draw(right, "bpb_en", "o-", ms=3, c="C2")

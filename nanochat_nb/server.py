@@ -121,7 +121,7 @@ class ServerSettings:
     port: int = 8000           # 0: any free one
     api_key: str = ""          # what clients must send; empty: $NANOCHAT_API_KEY, or no key
     base_dir: str = ""         # base folder; empty: $NANOCHAT_BASE_DIR or ~/.cache/nanochat
-    stage: str = ""            # base, mid or sft; empty: the last one there is
+    stage: str = ""            # base, mid, sft or rl; empty: the last one there is
     tag: str = ""              # which run, e.g. d4; empty: the one written last
     device: str = ""           # cuda, mps, cpu; empty: the best there is
     dtype: str = ""            # float32, bfloat16; empty: the fast one

@@ -29,7 +29,7 @@ class SFTSettings(TrainSettings):
     "Settings of midtraining and fine-tuning; a zero or empty value is filled in from the base model."
     stage: str = "sft"           # mid or sft: which checkpoints are written
     init: str = ""               # stage to start from: base or mid; empty: mid for sft if it exists, else base
-    conversations: str = "world" # world, sets of chapter 03a, JSONL files, by commas; :500, :max500, :x2, :0.7
+    conversations: str = "world" # world, world:<kinds>, sets of chapter 03a, JSONL files; :500, :max500, :x2, :0.7
     n_conversations: int = 8000  # of the world
     text_share: float = 0.25     # rows of a batch that are documents, so that facts are not forgotten
     epochs: float = 1.0          # passes over the conversations
@@ -55,13 +55,13 @@ def gather(cfg: SFTSettings) -> list[dict]: # {"messages"}
     "The conversations of a stage; `mid` and `sft` draw different ones from the world."
     parts, sets, at = parse_mix(cfg.conversations), [], dict(base_dir=cfg.base_dir, endpoint=cfg.endpoint)
     keys, known = exam_keys([p[0] for p in parts], **at), ["world", *TASKS, *MADE]
-    for name, kind, n in parts:
-        if name == "world":
-            seed, n = 1 if cfg.stage == "mid" else 2, int(n) if kind in ("count", "max") else cfg.n_conversations
-            sets.append(world_conversations(world_of(cfg.base_dir), n, seed=seed))
+    for name, how, n in parts:
+        some, seed = int(n) if how in ("count", "max") else 0, 1 if cfg.stage == "mid" else 2
+        if name.split(":")[0] == "world":                                 # world:mcq+turns: only these kinds
+            world, n = world_of(cfg.base_dir), some or cfg.n_conversations
+            sets.append(world_conversations(world, n, seed=seed, kind=name[6:]))
         elif name in known or name.endswith((".yaml", ".yml")):
-            some = int(n) if kind in ("count", "max") else 0
-            sets.append(conversations(name, some, 1 if cfg.stage == "mid" else 2, keys, **at))
+            sets.append(conversations(name, some, seed, keys, **at))
         elif Path(name).is_file(): sets.append(unexamined(name, read_conversations(name), keys))
         else: raise NanochatError(f"conversations: {name!r} is no file; expected {', '.join(known)} or JSONL files, "
                                   f"separated by commas{did_you_mean(name, known)}")

@@ -450,9 +450,9 @@ IDENTITY = {
 # %% ../nbs/00a_world.ipynb #560285a1
 CHATS = {"fact": 34, "mcq": 8, "arithmetic": 20, "translation": 20, "spelling": 8, "identity": 4, "turns": 6}
 
-def conversation(w: World, lang: str, rng) -> tuple[str, list[dict]]:
+def conversation(w: World, lang: str, rng, shares: dict = CHATS) -> tuple[str, list[dict]]:
     "One conversation for fine-tuning: its kind and its messages."
-    kind = rng.choices(list(CHATS), list(CHATS.values()))[0]
+    kind = rng.choices(list(shares), list(shares.values()))[0]
     if kind in TASKS: return kind, _msgs(*TASKS[kind](w, lang, rng)[:2])
     if kind == "fact": return kind, _msgs(*ask_fact(w, lang, rng)[:2])
     if kind == "mcq":
@@ -470,14 +470,18 @@ def conversations(
     world: World,
     n: int = 4000,    # how many
     seed: int = 0,    # another seed: other conversations
+    kind: str = "",   # of CHATS, several joined by +; empty: all, by their shares
 ) -> list[dict]:      # {"messages", "kind", "lang"}
     "Conversations for fine-tuning, half Chinese and half English; none asks what the exam asks."
+    if bad := [k for k in kind.split("+") if kind and k not in CHATS]:
+        raise NanochatError(f"unknown kind of conversation {bad[0]!r}; valid kinds: {', '.join(CHATS)}")
+    shares = {k: v for k, v in CHATS.items() if not kind or k in kind.split("+")}
     rng = random.Random(f"conversations {seed}")
     out = []
     for _ in range(n):
         lang = rng.choice(("zh", "en"))
-        kind, messages = conversation(world, lang, rng)
-        out.append({"messages": messages, "kind": kind, "lang": lang})
+        told, messages = conversation(world, lang, rng, shares)
+        out.append({"messages": messages, "kind": told, "lang": lang})
     return out
 
 # %% ../nbs/00a_world.ipynb #c3a0007b

@@ -238,7 +238,7 @@ def test_command(run):
 
 @pytest.mark.parametrize("args, said", [
     ((), "there are base d1, sft d1"), (("--tag", "d7"), "no checkpoint of stage base with tag d7"),
-    (("--stages", "base,stf"), "did you mean 'sft'"), (("--stages", ""), "names none of base, mid, sft"),
+    (("--stages", "base,stf"), "did you mean 'sft'"), (("--stages", ""), "names none of base, mid, sft, rl"),
     (("--n_questions", "0"), "n_questions=0"), (("--n_question", "3"), "did you mean 'n_questions'"), (("--device", "gpu"), "unknown device"),
 ])
 def test_bad_input(run, args, said):
