@@ -146,6 +146,7 @@ def guards(names: Iterable[str]) -> list[str]: # names of exams
     langs = {TASKS[n].lang for n in names if n in TASKS}
     return [n for n, t in TASKS.items() if t.exam and t.lang in langs]
 
+# %% ../nbs/03a_tasks.ipynb #b106b648
 def sets_of(mix: str, exam: bool = False) -> list[tuple]: # (name, part)
     "The public sets of a mixture such as `smoltalk:460000,gsm8k`, with the exams that guard those to train on."
     names = [n for n, *_ in parse_mix(mix) if n in TASKS]
