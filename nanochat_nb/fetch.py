@@ -263,6 +263,7 @@ def _reachable(url: str, tries: int, timeout: float) -> dict:
             if i + 1 < tries: time.sleep(max(after, 0.5 * 2**i))
     return {"url": url, "error": f"{url}: {why}"}
 
+# %% ../nbs/00c_fetch.ipynb #776e294f
 def preflight(
     items: Iterable[tuple],  # (repo, path) or (repo, path, kind), as `artefact_url` takes them
     endpoint: str = "",

@@ -59,7 +59,7 @@ def read_recipe(
     common, steps = {k: v for k, v in d.items() if k not in STEPS}, {s: d[s] or {} for s in STEPS if s in d}
     if not steps: raise NanochatError(f"{path} has no section; expected some of {', '.join(STEPS)}")
     for s, own in steps.items():
-        if not isinstance(own, dict): raise NanochatError(f"{place(path, s)}: {s} is {own!r}; expected a section of keys")
+        if not isinstance(own, dict): raise NanochatError(f"{place(path, s)}: {s} is {own!r}; expected keys below it")
     for k, v in overrides.items():
         step, _, key = k.rpartition(".")
         if step and step not in steps:
@@ -124,7 +124,8 @@ def check_tasks(params: dict, base: Path, get: bool = False) -> str:
             for kind in (kinds.split("+") if k == "conversations" else [kinds]) if kinds else []:
                 if kind not in known: raise NanochatError(f"{k}: the world has no {kind!r}{did_you_mean(kind, known)}")
         elif k == "questions" or Path(x).suffix in (".jsonl", ".yaml", ".yml"):
-            if not Path(x).is_file(): raise NanochatError(f"{x} does not exist; make it (chapter 04a), or mend the name")
+            if Path(x).is_file(): continue
+            raise NanochatError(f"{x} does not exist; mend the name, or make it (chapter 04a)")
         elif x not in tasks.MADE and not Path(x).is_file(): tasks.find_task(x, "exam" if k == "tasks" else "train")
     sets = dict.fromkeys(s for k, mix in asked if k != "questions" for s in tasks.sets_of(mix, k == "tasks"))
     if get:
@@ -349,7 +350,7 @@ def main(argv: list):
 def begin(params: dict, out: Path, base: Path, cfg: SpeedrunSettings, live: Live):
     "Folders and the roll call; what is there already is not overwritten without a word."
     if (out / "state.json").exists() and not (cfg.resume or cfg.only or cfg.preflight):
-        raise NanochatError(f"{out} holds a run; go on with it by --resume, or take another --out, or delete the folder")
+        raise NanochatError(f"{out} holds a run; go on with it by --resume, take another --out, or delete the folder")
     for p in (out, base): p.mkdir(parents=True, exist_ok=True)
     os.environ["NANOCHAT_BASE_DIR"] = str(base)
     live.say(f"{', '.join(params)}; notebooks and logs in {out}")

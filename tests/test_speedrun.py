@@ -15,7 +15,7 @@ depth: 1
 vocab_size: 512
 data: {n_people: 20, n_chars: 200000}
 tokenizer:
-pretrain: {num_iterations: 60, seq_len: 128, batch_tokens: 1024, eval_tokens: 1024, eval_every: 1000, save_every: 10, device: cpu}
+pretrain: {num_iterations: 200, compile: false, seq_len: 128, batch_tokens: 1024, eval_tokens: 1024, eval_every: 1000, save_every: 10, device: cpu}
 """
 
 def start(out, *flags, recipe=None, notebooks="no", **kw):
@@ -128,7 +128,7 @@ def test_killed_in_the_middle_and_resumed_and_changed(tmp_path):
     assert code == 0, stderr
     assert "data: done before" in stderr and "tokenizer: done before" in stderr and "pretrain: was interrupted, resumes" in stderr
     steps = [r["step"] for r in read_metrics(metrics) if "loss" in r]
-    assert steps == list(range(60)) and yaml.safe_load((out/"pretrain.yaml").read_text())["resume"] is True
+    assert steps == list(range(200)) and yaml.safe_load((out/"pretrain.yaml").read_text())["resume"] is True
 
 def test_a_changed_parameter_runs_again_from_that_step_on(tmp_path):
     a = parameters(ROOT/"configs/speedrun.yaml", {}, tmp_path)
@@ -144,7 +144,7 @@ def test_a_changed_parameter_runs_again_from_that_step_on(tmp_path):
     assert all(before[s] != x for s, x in fingerprints(mine, tmp_path/"base").items())
 
 def test_a_changed_and_a_failing_step(tmp_path):
-    out, quick = tmp_path/"out", SMALL.replace("num_iterations: 60", "num_iterations: 2")
+    out, quick = tmp_path/"out", SMALL.replace("num_iterations: 200", "num_iterations: 2")
     assert run(out, recipe=quick)[0] == 0
     code, _, stderr = run(out, "--resume", "--pretrain.num_iterations", 3)
     assert code == 0 and "tokenizer: done before" in stderr and "pretrain: parameters or inputs changed, runs again" in stderr
