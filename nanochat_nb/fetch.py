@@ -7,8 +7,8 @@ __all__ = ['MODELSCOPE', 'PACKAGES', 'remote_info', 'file_sha256', 'fetch', 'fet
            'preflight', 'package_documents']
 
 # %% ../nbs/00c_fetch.ipynb #cdd64d44
-import contextlib, errno, fcntl, hashlib, http.client, json, os, re, sqlite3, subprocess, sys, tempfile, threading
-import time
+import contextlib, errno, fcntl, hashlib, http.client, json, os, re, sqlite3, ssl, subprocess, sys, tempfile
+import threading, time
 import urllib.error, urllib.parse, urllib.request, zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +23,8 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
     "Hands redirects back, so that what the hub says on the way is seen."
     def redirect_request(self, *args): return None
 
-_opener = urllib.request.build_opener(_NoRedirect)
+_opener = urllib.request.build_opener(  # certificates are read once, not for each file
+    _NoRedirect, urllib.request.HTTPSHandler(context=ssl.create_default_context()))
 
 def _open(url: str, timeout: float, method: str = "GET", **headers):
     "Open a URL, following redirects by hand; also gives the hub's x-headers met on the way."
@@ -262,6 +263,7 @@ def _reachable(url: str, tries: int, timeout: float) -> dict:
             if i + 1 < tries: time.sleep(max(after, 0.5 * 2**i))
     return {"url": url, "error": f"{url}: {why}"}
 
+# %% ../nbs/00c_fetch.ipynb #776e294f
 def preflight(
     items: Iterable[tuple],  # (repo, path) or (repo, path, kind), as `artefact_url` takes them
     endpoint: str = "",
@@ -271,7 +273,10 @@ def preflight(
 ) -> list[dict]:             # url, size, sha256, version, revision of each
     "Ask for the headers of everything a recipe needs; what cannot be reached is one error that names it all."
     urls = [artefact_url(*item, endpoint=endpoint) for item in items]
-    with ThreadPoolExecutor(workers) as pool: told = list(pool.map(lambda u: _reachable(u, tries, timeout), urls))
+    told, host = [_reachable(u, tries, timeout) for u in urls[:1]], lambda u: urllib.parse.urlsplit(u).netloc
+    down = [host(t["url"]) for t in told if "urlopen error" in t.get("error", "")]       # offline: an answer at once
+    def ask(u): return {"url": u, "error": f"{u}: likewise"} if host(u) in down else _reachable(u, tries, timeout)
+    with ThreadPoolExecutor(workers) as pool: told += pool.map(ask, urls[1:])
     if bad := [t["error"] for t in told if "error" in t]:
         raise NanochatError(f"{len(bad)} of {len(urls)} files cannot be reached: {'; '.join(bad)}")
     return told

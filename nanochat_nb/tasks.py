@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'MADE', 'IDENTITY', 'MIXTURES', 'CORE', 'choice_item', 'from_arc', 'from_mmlu', 'from_abcd', 'tool_parts',
-           'final_number', 'from_gsm8k', 'from_gsm8k_zh', 'from_humaneval', 'Task', 'find_task', 'guards',
+           'final_number', 'from_gsm8k', 'from_gsm8k_zh', 'from_humaneval', 'Task', 'find_task', 'guards', 'sets_of',
            'files_needed', 'bring', 'item_of', 'load', 'spelling', 'identity', 'question_keys', 'unexamined',
            'conversations', 'exam_keys', 'exam_items', 'chat_core', 'run_program', 'no_limits', 'program_of',
            'mark_programs']
@@ -146,16 +146,20 @@ def guards(names: Iterable[str]) -> list[str]: # names of exams
     langs = {TASKS[n].lang for n in names if n in TASKS}
     return [n for n, t in TASKS.items() if t.exam and t.lang in langs]
 
+# %% ../nbs/03a_tasks.ipynb #b106b648
+def sets_of(mix: str, exam: bool = False) -> list[tuple]: # (name, part)
+    "The public sets of a mixture such as `smoltalk:460000,gsm8k`, with the exams that guard those to train on."
+    names = [n for n, *_ in parse_mix(mix) if n in TASKS]
+    return [(n, "exam" if exam else "train") for n in names] + [(n, "exam") for n in guards(names) if not exam]
+
 def files_needed(
-    names: str | Iterable[str], # names, or a mixture such as "smoltalk:460000,gsm8k"; world and files are passed over
-    exam: bool = False,         # exams to sit; otherwise sets to train on, with the exams that guard them
-) -> list[tuple]:               # (repo[@revision], path, about how many bytes or None), each once
+    sets: Iterable[tuple], # of `sets_of`
+    base_dir: str = "",    # files that this base folder holds are left out; empty: none is
+) -> list[tuple]:          # (repo[@revision], path, about how many bytes or None), each once
     "What has to be fetched; `fetch.preflight([f[:2] for f in files])` asks whether all of it is there."
-    names = [p[0] for p in parse_mix(names if isinstance(names, str) else ",".join(names))]
-    wanted = [n for n in names if n in TASKS]
-    parts = [(n, "exam" if exam else "train") for n in wanted] + [(n, "exam") for n in guards(wanted) if not exam]
-    sets = [(find_task(n, p), p) for n, p in parts]
-    return list(dict.fromkeys((t.repo, path, int(mb * 1e6) or None) for t, p in sets for path, mb in getattr(t, p)))
+    todo = ((find_task(n, part), n, x) for n, part in sets for x in getattr(find_task(n, part), part))
+    return list(dict.fromkeys((t.repo, path, int(mb * 1e6) or None) for t, n, (path, mb) in todo
+                              if not base_dir or not (Path(base_dir) / "task_data" / n / Path(path).name).exists()))
 
 # %% ../nbs/03a_tasks.ipynb #434e3c7d
 def bring(

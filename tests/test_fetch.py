@@ -217,12 +217,16 @@ def test_addresses_of_any_artefact(hub, tmp_path, monkeypatch):
     says("is not there; copy it to that place", F.fetch, F.artefact_url("o/s", "gone", endpoint=str(tmp_path)), tmp_path / "gone")
 
 
-def test_roll_call_names_everything_that_is_missing_and_downloads_nothing(hub, tmp_path):
+def test_roll_call_names_everything_that_is_missing_and_downloads_nothing(hub, tmp_path, monkeypatch):
     hub.files = {n: b"abc" for n in ("a", "b", "c")}
     assert [t["size"] for t in F.preflight([("r", n) for n in hub.files], hub.address)] == [3, 3, 3]
     says("2 of 4 files cannot be reached: ", F.preflight, [("r", n) for n in ("a", "x", "b", "y")], hub.address)
     says("resolve/main/y: HTTP 404", F.preflight, [("r", n) for n in ("a", "x", "b", "y")], hub.address)
     says("1 of 1 files", F.preflight, [("", "http://127.0.0.1:9/bundle.zip")], hub.address, tries=1)
+    asked = []
+    monkeypatch.setattr(F, "remote_info", lambda u, timeout, real=F.remote_info: (asked.append(u), real(u, timeout))[1])
+    says("3 of 3 files", F.preflight, [("r", n) for n in "abc"], "http://127.0.0.1:9", tries=1)
+    assert len(asked) == 1                                                # nobody listens: the others are not asked for
     says("datasets/r/a is not there", F.preflight, [("r", "a")], str(tmp_path))
     assert hub.asked == []
 

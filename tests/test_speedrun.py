@@ -15,14 +15,14 @@ depth: 1
 vocab_size: 512
 data: {n_people: 20, n_chars: 200000}
 tokenizer:
-pretrain: {num_iterations: 120, seq_len: 128, batch_tokens: 1024, eval_tokens: 1024, eval_every: 1000, save_every: 10, device: cpu}
+pretrain: {num_iterations: 200, compile: false, seq_len: 128, batch_tokens: 1024, eval_tokens: 1024, eval_every: 1000, save_every: 10, device: cpu}
 """
 
-def start(out, *flags, recipe=None, **kw):
+def start(out, *flags, recipe=None, notebooks="no", **kw):
     file = out.parent/"recipe.yaml"
     if recipe or not file.exists(): file.write_text(recipe or SMALL, encoding="utf-8")
     env = {k: v for k, v in os.environ.items() if k != "NANOCHAT_BASE_DIR"} | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-m", "nanochat_nb.speedrun", "-f", str(file), "--out", str(out), "--notebooks", "no", *map(str, flags)],
+    return subprocess.Popen([sys.executable, "-m", "nanochat_nb.speedrun", "-f", str(file), "--out", str(out), "--notebooks", notebooks, *map(str, flags)],
                             cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
 
 def run(*a, **kw):
@@ -53,7 +53,8 @@ def test_every_key_of_a_recipe_reaches_a_step(path, tmp_path):
     ("source: world\npretrain:\n  num_iteration: 9\n", ["line 3", "'num_iteration'", "did you mean 'num_iterations'"]),
     ("depht: 4\npretrain:\n", ["line 1", "did you mean 'depth'"]), ("pretrian:\n  depth: 4\ntokenizer:\n", ["line 1", "did you mean 'pretrain'"]),
     ("n_gpu: 8\ntokenizer:\n", ["line 1", "'n_gpu'"]), ("source: world\n", ["no section"]), ("pretrain: 4\n", ["pretrain"]),
-    ("pretrain: {depth: four}\n", ["section pretrain", "'four'"])])
+    ("pretrain: {depth: four}\n", ["section pretrain", "'four'"]),
+    ("data:\npretrain: 4\n", ["line 2", "pretrain is 4"])])
 def test_a_misspelt_key_is_named_with_its_line(text, said, tmp_path):
     (tmp_path/"a.yaml").write_text(text)
     with pytest.raises(NanochatError) as e: parameters(tmp_path/"a.yaml", {}, tmp_path)
@@ -86,7 +87,11 @@ def test_what_the_roll_call_sees(tmp_path, monkeypatch):
     assert not [x for x in roll_call(p, tmp_path) if not x[1]]
     assert "differs" in stops(p | {"tokenizer": dict(vocab_size=600)}, tmp_path, "vocabulary")[0]
     assert "mine.jsonl" in stops(p | {"sft": dict(conversations="world,mine.jsonl:500")}, tmp_path, "tasks")[0]
-    assert "nosuchpackage" not in str(roll_call(p, tmp_path))
+    for key, mix, said in (("conversations", "world:mcq+turms:9", "did you mean 'turns'"), ("conversations", "smoltlk:x2", "did you mean 'smoltalk'"),
+                           ("conversations", "me.yaml:300", "me.yaml does not exist"), ("questions", "world:arithmetc", "did you mean 'arithmetic'"),
+                           ("questions", "gsm8k", "gsm8k does not exist"), ("tasks", "arc-easy,arc-esy", "'arc-esy' is no exam")):
+        assert said in stops(p | {"sft": {key: mix}}, tmp_path, "tasks")[0]
+    assert not stops(p | {"sft": dict(conversations="world:fact+mcq:500,identity:500,spelling:x2")}, tmp_path, "tasks")
     (tmp_path/"hub").mkdir()
     far = {"data": dict(source="fineweb-edu", n_shards=2, endpoint=str(tmp_path/"hub"))} | p
     assert "3 of 3 files cannot be reached" in stops(far, tmp_path, "text")[0]
@@ -96,6 +101,15 @@ def test_what_the_roll_call_sees(tmp_path, monkeypatch):
     assert "say --n_gpu 2" in stops(p | {"pretrain": dict(depth=1, n_gpu=8, device="cuda")}, tmp_path, "gpu")[0]
 
 # ---- runs
+
+def test_a_step_by_papermill(tmp_path):
+    out = tmp_path/"out"
+    code, stdout, stderr = run(out, recipe="source: world\ndata: {n_people: 20, n_chars: 200000}\n", notebooks="yes")
+    assert code == 0 and "done: " in stderr, stderr
+    cells = read_json(out/"data.ipynb")["cells"]
+    assert all(c["metadata"]["papermill"]["status"] == "completed" for c in cells)
+    assert any("n_people = 20" in "".join(c["source"]) for c in cells)
+    assert read_json(out/"base/base_data/world/manifest.json")["recipe"]["n_people"] == 20
 
 def test_killed_in_the_middle_and_resumed_and_changed(tmp_path):
     out = tmp_path/"out"
@@ -114,7 +128,7 @@ def test_killed_in_the_middle_and_resumed_and_changed(tmp_path):
     assert code == 0, stderr
     assert "data: done before" in stderr and "tokenizer: done before" in stderr and "pretrain: was interrupted, resumes" in stderr
     steps = [r["step"] for r in read_metrics(metrics) if "loss" in r]
-    assert steps == list(range(120)) and yaml.safe_load((out/"pretrain.yaml").read_text())["resume"] is True
+    assert steps == list(range(200)) and yaml.safe_load((out/"pretrain.yaml").read_text())["resume"] is True
 
 def test_a_changed_parameter_runs_again_from_that_step_on(tmp_path):
     a = parameters(ROOT/"configs/speedrun.yaml", {}, tmp_path)
@@ -130,7 +144,7 @@ def test_a_changed_parameter_runs_again_from_that_step_on(tmp_path):
     assert all(before[s] != x for s, x in fingerprints(mine, tmp_path/"base").items())
 
 def test_a_changed_and_a_failing_step(tmp_path):
-    out, quick = tmp_path/"out", SMALL.replace("num_iterations: 120", "num_iterations: 2")
+    out, quick = tmp_path/"out", SMALL.replace("num_iterations: 200", "num_iterations: 2")
     assert run(out, recipe=quick)[0] == 0
     code, _, stderr = run(out, "--resume", "--pretrain.num_iterations", 3)
     assert code == 0 and "tokenizer: done before" in stderr and "pretrain: parameters or inputs changed, runs again" in stderr
@@ -140,19 +154,21 @@ def test_a_changed_and_a_failing_step(tmp_path):
 
 @pytest.mark.skipif(not CORPUS.exists(), reason="no ../shared/corpus")
 def test_the_chinese_recipe_end_to_end_on_real_text(tmp_path):
-    for lang, n in (("zh", 800), ("en", 120)):
+    for lang, n in (("zh", 300), ("en", 60)):
         (tmp_path/lang).mkdir()
         pq.write_table(pq.read_table(CORPUS/lang/"shard_00000.parquet", columns=["text"]).slice(0, n), tmp_path/lang/"text.parquet")
     out, recipe = tmp_path/"out", (ROOT/"configs/chinese_d20.yaml").read_text(encoding="utf-8")
-    small = dict(source=f"{tmp_path/'zh'}:0.8,{tmp_path/'en'}:0.2", depth=2, vocab_size=2048, num_iterations=20, n_gpu=1, workers=1, seq_len=128,
-                 batch_tokens=1024, eval_tokens=2048, n_questions=4, n_conversations=200, device="cpu")
+    small = dict(source=f"{tmp_path/'zh'}:0.8,{tmp_path/'en'}:0.2", depth=2, vocab_size=1024, num_iterations=20, n_gpu=1, workers=1, seq_len=128,
+                 batch_tokens=1024, eval_tokens=2048, n_questions=4, n_conversations=200, device="cpu",
+                 task_questions=4, compile="false") | {"sft.conversations": "world", "eval.tasks": "spelling"}
     code, stdout, stderr = run(out, *[x for k, v in small.items() for x in (f"--{k}", v)], recipe=recipe)
     assert code == 0, stderr
     rows = [r for r in read_metrics(out/"base/base_checkpoints/d2/metrics.jsonl") if "bpb_zh" in r]
     print("bits a byte", rows[0]["bpb_zh"], rows[0]["bpb_en"], "→", rows[-1]["bpb_zh"], rows[-1]["bpb_en"])
     assert all(rows[-1][k] < rows[0][k] for k in ("bpb_zh", "bpb_en"))
     report = read_json(out/"report.json")
-    assert {*report["stages"]["base"]["bpb"]} == {*report["stages"]["sft"]["bpb"]} == {"zh", "en"} and "bits a byte" in stdout
+    assert {*report["stages"]["pretrain"]["bpb"]} == {*report["stages"]["sft"]["bpb"]} == {"zh", "en"} and "bits a byte" in stdout
+    assert {*report["tasks"]} == {"base", "sft"} and report["tasks"]["sft"]["spelling"]["n"] == 4
     cleaned = read_json(out/"base/base_data/clean/clean.json")
     assert 0 < cleaned["kept"] < cleaned["documents"]
     assert read_json(out/"base/tokenizer/meta.json")["bytes_per_token"]["zh"] > 2

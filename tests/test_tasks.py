@@ -5,6 +5,7 @@ import pyarrow as pa, pyarrow.parquet as pq, pytest
 from nanochat_nb import evals, fetch, pretrain, sft, tasks
 from nanochat_nb.data import DataSettings, prepare
 from nanochat_nb.runtime import read_metrics
+from nanochat_nb.speedrun import check_tasks
 from nanochat_nb.tokenizer import TokenizerSettings, prepare_tokenizer
 from test_fetch import Hub, hurry, says, start_hub
 
@@ -86,13 +87,21 @@ def test_every_set_comes_is_entered_and_is_not_asked_for_again(hub, tmp_path):
     says("could not fetch", tasks.load, "ceval", "exam", base_dir=str(tmp_path), endpoint=hub.address)
 
 def test_the_list_is_what_a_preflight_asks_for(hub):
-    files = tasks.files_needed(tasks.MIXTURES["mid"]) + tasks.files_needed("arc-easy,ceval,spelling", exam=True)
+    files = tasks.files_needed(tasks.sets_of(tasks.MIXTURES["mid"]) + tasks.sets_of("arc-easy,ceval,spelling", exam=True))
     found = fetch.preflight([f[:2] for f in files], hub.address)
     assert len(found) == len(files) and all(x["size"] for x in found)
     assert not any("test" in p and r.startswith("HuggingFaceTB") for r, p, _ in files)
     del hub.files[key("openai/gsm8k", "main/train-00000-of-00001.parquet")]
     says("gsm8k/resolve/main/main/train", fetch.preflight, [f[:2] for f in files], hub.address, tries=1)
-    assert tasks.files_needed("world,own.jsonl:3,spelling") == []
+    assert tasks.sets_of("world,own.jsonl:3,spelling") == []
+
+def test_the_roll_call_asks_for_what_is_not_here(hub, tmp_path):
+    params = {"sft": dict(conversations="world:fact+mcq:500,arc-easy:x2,gsm8k:460", endpoint=hub.address), "eval": dict(tasks="arc-easy,spelling")}
+    tasks.bring("arc-easy", "train", str(tmp_path), hub.address)                          # its exam is not here yet
+    assert check_tasks(params, tmp_path).startswith("7 public sets, 6 files to fetch")    # a train file; five exams of the language
+    assert check_tasks(params, tmp_path, get=True).startswith("7 public sets, 0 files")
+    hub.shutdown()
+    assert check_tasks(params, tmp_path).startswith("7 public sets, 0 files")             # offline from here
 
 def test_pins_are_for_the_hub_only(tmp_path):
     url = lambda e: fetch.artefact_url("ceval/ceval-exam@abc", "ceval-exam.zip", endpoint=e)
