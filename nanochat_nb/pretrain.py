@@ -395,7 +395,7 @@ def metrics_path(cfg, stage: str = "base") -> Path:
 def launch_training(
     cfg,                                  # settings of the stage
     module: str = "nanochat_nb.pretrain", # whose `main` every rank runs
-    stage: str = "base",                  # base, mid, sft or rl
+    stage: str = "base",                  # base, mid or sft
 ) -> Path:                                # its metrics.jsonl
     "Train in torchrun subprocesses with a live chart (a progress line on a terminal)."
     chart, path = LiveChart(), metrics_path(cfg, stage)

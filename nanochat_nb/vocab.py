@@ -74,11 +74,10 @@ def _of_json(path: Path) -> Reference:
     import tokenizers
     tk = tokenizers.Tokenizer.from_file(str(path))
     tk.encode_special_tokens = True
-    special = set(tk.get_added_tokens_decoder())
-    names = [tk.id_to_token(i) or "" for i in range(tk.get_vocab_size())]
-    text = [i not in special and all(c in CHAR_BYTE for c in s) for i, s in enumerate(names)]
+    special, names = set(tk.get_added_tokens_decoder()), [tk.id_to_token(i) or "" for i in range(tk.get_vocab_size())]
     many = lambda texts: [e.ids for e in tk.encode_batch_fast(texts, add_special_tokens=False)]
-    pieces = [bytes(CHAR_BYTE[c] for c in s) if ok else s.encode("utf-8") for s, ok in zip(names, text)]
+    pieces = [s.encode("utf-8") if i in special or not CHAR_BYTE.keys() >= set(s) else bytes(CHAR_BYTE[c] for c in s)
+              for i, s in enumerate(names)]
     return Reference(lambda t: many([t])[0], many, pieces, special)
 
 # %% ../nbs/01d_vocab.ipynb #75c8ea34
@@ -108,11 +107,10 @@ def load_references(
     names=tuple(REFERENCES), # as `load_reference` takes them
 ) -> dict:                   # name → Reference, or the reason why there is none
     "All references that can be had."
-    out = {}
-    for name in names:
-        try: out[name] = load_reference(name)
-        except (NanochatError, ImportError) as e: out[name] = str(e)
-    return out
+    def had(name):
+        try: return load_reference(name)
+        except (NanochatError, ImportError) as e: return str(e)
+    return {name: had(name) for name in names}
 
 # %% ../nbs/01d_vocab.ipynb #13309de3
 def show_side_by_side(
@@ -120,13 +118,8 @@ def show_side_by_side(
     tokenizers: dict, # name → Tokenizer, Reference, or the reason why it is missing
 ):                    # HTML
     "A text in colour under several tokenizers, with the number of tokens."
-    rows = {}
-    for name, t in tokenizers.items():
-        if isinstance(t, str): rows[f"{name}: not available"] = []
-        else:
-            ids = t.encode(text)
-            rows[f"{name}: {len(ids)}"] = [t._bytes[i] for i in ids]
-    return show_pieces(rows)
+    pieces = {n: None if isinstance(t, str) else [t._bytes[i] for i in t.encode(text)] for n, t in tokenizers.items()}
+    return show_pieces({f"{n}: {'not available' if x is None else len(x)}": x or [] for n, x in pieces.items()})
 
 # %% ../nbs/01d_vocab.ipynb #39e80007
 def density(
@@ -135,20 +128,17 @@ def density(
     unit="bytes",     # or "characters"
 ) -> dict:            # name → kind → units a token; empty where the tokenizer is missing
     "How much text a token carries, by tokenizer and kind."
-    out = {name: {} for name in tokenizers}
-    for name, t in tokenizers.items():
-        for kind, texts in kinds.items() if not isinstance(t, str) else ():
-            size = sum(len(x) if unit == "characters" else len(x.encode("utf-8")) for x in texts)
-            out[name][kind] = round(size / max(1, sum(map(len, t.encode_batch(texts)))), 3)
-    return out
+    length = len if unit == "characters" else lambda x: len(x.encode("utf-8"))
+    carried = lambda t, texts: round(sum(map(length, texts)) / max(1, sum(map(len, t.encode_batch(texts)))), 3)
+    return {name: {} if isinstance(t, str) else {k: carried(t, texts) for k, texts in kinds.items()}
+            for name, t in tokenizers.items()}
 
 def table(
     dense: dict, # of `density`
 ):               # a pandas DataFrame
     "The numbers as a table; a missing tokenizer's row says so."
     import pandas as pd
-    kinds = next((list(x) for x in dense.values() if x), [])
-    return pd.DataFrame({n: x or dict.fromkeys(kinds, "not available") for n, x in dense.items()}, index=kinds).T
+    return pd.DataFrame(dense, dtype=object, index=max(dense.values(), key=len)).fillna("not available").T
 
 # %% ../nbs/01d_vocab.ipynb #51512a41
 def _kind(c: str) -> str:
@@ -189,9 +179,9 @@ def main(cfg: VocabSettings) -> dict: # the report
     tok, data = Tokenizer.load(folder), find_data(cfg.source, cfg.base_dir)
     kinds = {f"{s} {k}": list(sample_texts(iter_texts(data, s, k), cfg.max_chars, 10_000, {}))
              for s in ("train", "val") for k in ("zh", "en")}
-    kinds = {k: v for k, v in kinds.items() if v}
     others = load_references([x.strip() for x in cfg.references.split(",") if x.strip()])
-    report = dict(bytes_a_token=density({"ours": tok} | others, kinds), scripts=scripts(tok), hash=tok.hash,
+    dense = density({"ours": tok} | others, {k: v for k, v in kinds.items() if v})
+    report = dict(bytes_a_token=dense, scripts=scripts(tok), hash=tok.hash,
                   missing={k: v for k, v in others.items() if isinstance(v, str)})
     write_json(folder/"report.json", report)
     print(table(report["bytes_a_token"]).to_string(), *report["missing"].values(), sep="\n")
