@@ -18,7 +18,7 @@ from .settings import NanochatError, base_folder, did_you_mean, from_notebook, r
 from .world import L, TASKS
 from .convert import hold_out, mix_counts, parse_mix
 from .loader import shuffled
-from .runtime import all_reduce_mean, close_runtime, init_runtime, print0, read_metrics
+from .runtime import all_reduce_mean, close_runtime, hardware, init_runtime, print0, read_metrics
 from .checkpoint import check_same_tokenizer
 from .engine import Engine, forced_by
 from .evals import STAGES, checkpoints, find_checkpoint, is_right, load_model, world_of
@@ -275,7 +275,8 @@ def train(cfg: RLSettings) -> dict: # the last values of everything measured
     bpb, curve = evaluator(cfg, rt, tok, model, text), pass_curve(cfg, rt, t.engine, held)
     t.evaluate = lambda: bpb() | curve()
     out = t.fit()
-    told = dict(settings=asdict(cfg), seconds=time.time() - begun, ranks=rt.world_size, start=str(start))
+    told = dict(settings=asdict(cfg), seconds=time.time() - begun, ranks=rt.world_size, hardware=hardware(),
+                start=str(start))
     if rt.is_main: write_json(base / "report" / "rl.json", told)
     close_runtime()
     return out
