@@ -8,7 +8,7 @@ its tokenizer and its checkpoints are replaced. Every run is a process of its ow
 is measured on the same held-out rows by the same formula. Seconds are those of the steps: neither compiling (the first step is
 counted as an ordinary one) nor measuring.
 """
-import argparse, contextlib, io, json, os, re, runpy, statistics, subprocess, sys, time, types
+import argparse, contextlib, io, json, os, re, runpy, statistics, subprocess, sys, types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,6 +13,7 @@ import csv, hashlib, json, math, random, sys, tempfile, time, zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import torch, torch.distributed as dist, torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from fastcore.basics import patch
 from torch import Tensor
 from tqdm import tqdm
@@ -202,8 +203,7 @@ def attend(self: Shared, layer, positions, mask, q, k, v, chunk, scale):
 
 # %% ../nbs/06a_core.ipynb #5b0b2710
 def _pad(rows: list, device, fill: int = 0) -> Tensor:
-    n = max(map(len, rows))
-    return torch.tensor([r + [fill] * (n - len(r)) for r in rows], device=device)
+    return pad_sequence([torch.tensor(r, dtype=torch.long) for r in rows], True, fill).to(device)
 
 # %% ../nbs/06a_core.ipynb #b7bd23dc
 @torch.no_grad()
@@ -297,7 +297,7 @@ def world_bundle(
 class CoreSettings:
     "Settings of CORE."
     base_dir: str = ""       # base folder; empty: $NANOCHAT_BASE_DIR or ~/.cache/nanochat
-    stage: str = "base"      # base, mid or sft
+    stage: str = "base"      # base, mid, sft or rl
     depth: int = 0           # short for the tag: 4 is d4
     tag: str = ""            # checkpoints side by side, d4,d6@500 (tag@step); empty: the one written last
     bundle: str = BUNDLE     # address of a zip (a mirror), a zip, a folder, or world

@@ -23,7 +23,7 @@ from .convert import parse_mix
 from .tokenizer import TokenizerSettings
 from .model import config_from_depth
 from .optim import plan
-from .runtime import _sigterm_exits, _start, _stop, progress_text
+from .runtime import _sigterm_exits, _start, _stop, progress_text, read_metrics
 from .plan import disk_plan, micro_batch
 from .evals import EvalSettings, load_engine, world_of
 from .pretrain import PretrainSettings, fill
@@ -228,11 +228,8 @@ CHAPTERS = Path(data.__file__).parent.parent / "nbs"
 def last_row(base: Path, since: float) -> dict:
     "The newest row of the metrics file written last since a time; {} when there is none."
     files = [p for p in base.glob("*_checkpoints/*/metrics.jsonl") if p.stat().st_mtime >= since]
-    lines = max(files, key=lambda p: p.stat().st_mtime).read_text(encoding="utf-8").splitlines() if files else []
-    for line in reversed(lines):                                    # the last line may be half written
-        try: return json.loads(line)
-        except ValueError: pass
-    return {}
+    rows = read_metrics(max(files, key=lambda p: p.stat().st_mtime)) if files else []
+    return rows[-1] if rows else {}
 
 def cells_done(notebook: Path) -> str:
     "How far papermill has come, from the output notebook it saves after each cell."
@@ -361,7 +358,8 @@ def begin(params: dict, out: Path, base: Path, cfg: SpeedrunSettings, live: Live
 
 def finish(params: dict, out: Path, base: Path, live: Live):
     "The report card, a chat where there is something to say, and the time it took."
-    for f in (base / "report").glob("report.*"): shutil.copy(f, out / f.name)
+    for f in (base / "report").glob("*"):
+        if f.stem == "report" or f.suffix == ".png": shutil.copy(f, out / f.name)     # the page and its pictures
     if "eval" in params and (out / "report.md").exists(): print((out / "report.md").read_text(encoding="utf-8"))
     if params.get("sft", {}).get("source") == "world": talk(base)
     seconds = sum(x.get("seconds", 0) for x in read_json(out / "state.json").values())

@@ -239,8 +239,8 @@ def load(
     order = np.random.default_rng(seed).permutation(ends[-1])[:n or None]
     picked = {}
     for (_, pick), lo, hi in zip(sources, ends, ends[1:]):
-        mine = [int(i) for i in order if lo <= i < hi]
-        picked |= dict(zip(mine, pick([i - int(lo) for i in mine])))
+        mine = order[(lo <= order) & (order < hi)]
+        picked |= dict(zip(mine.tolist(), pick((mine - lo).tolist())))
     for i in order:
         try: out.append(item_of(t, *picked[int(i)]))
         except NanochatError as e: bad.append(str(e))

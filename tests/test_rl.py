@@ -3,12 +3,11 @@ import ast, dataclasses, json, os, signal, subprocess, sys, time
 from dataclasses import replace
 from pathlib import Path
 import pytest, torch
-from nanochat_nb import pretrain, rl, sft
-from nanochat_nb.data import DataSettings, prepare
+from nanochat_nb import rl, sft
 from nanochat_nb.runtime import read_metrics
 from nanochat_nb.rl import RLSettings
 from nanochat_nb.settings import NanochatError, field_comments
-from nanochat_nb.tokenizer import TokenizerSettings, prepare_tokenizer
+from conftest import small_model
 
 ROOT = Path(__file__).parents[1]
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -18,12 +17,8 @@ HERE = dict(depth=1, device="cpu", dtype="float32", compile=False, eval_every=10
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     "A base folder with a model of one layer that answers 7 or 8 to whatever it is asked, and questions of either answer."
-    torch.set_num_threads(1)
-    d = tmp_path_factory.mktemp("rl")
-    prepare(DataSettings(base_dir=str(d), n_people=10, n_chars=60_000))
-    prepare_tokenizer(TokenizerSettings(base_dir=str(d), vocab_size=400))
+    d = small_model(tmp_path_factory.mktemp("rl"), **HERE, seq_len=32, batch_tokens=256, num_iterations=2)
     here = dict(HERE, base_dir=str(d))
-    pretrain.train(pretrain.PretrainSettings(**here, seq_len=32, batch_tokens=256, num_iterations=2))
     asked = [[{"role": "user", "content": f"{i} or so?"}] for i in range(20)]
     chats = [{"messages": m + [{"role": "assistant", "content": str(7 + i % 2)}]} for i, m in enumerate(asked)]
     (d / "chats.jsonl").write_text("".join(json.dumps(c) + "\n" for c in chats))

@@ -3,13 +3,13 @@ import ast, dataclasses, json, os, signal, subprocess, sys, time
 from dataclasses import replace
 from pathlib import Path
 import pytest, torch
-from nanochat_nb import pretrain, sft
-from nanochat_nb.data import DataSettings, prepare
+from nanochat_nb import sft
 from nanochat_nb.loader import ChatLoader
 from nanochat_nb.runtime import Runtime, read_metrics
 from nanochat_nb.settings import NanochatError, field_comments
 from nanochat_nb.sft import SFTSettings
-from nanochat_nb.tokenizer import Tokenizer, TokenizerSettings, prepare_tokenizer, train_tokenizer
+from nanochat_nb.tokenizer import Tokenizer, train_tokenizer
+from conftest import small_model
 
 ROOT = Path(__file__).parents[1]
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -31,13 +31,7 @@ LEARNED = ["你好！🦊<|assistant_end|>王峰住在东湖。<|assistant_end|>
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     "A base folder with a tiny world, a tokenizer and a pretrained model of one layer."
-    torch.set_num_threads(1)
-    d = tmp_path_factory.mktemp("sft")
-    prepare(DataSettings(base_dir=str(d), n_people=10, n_chars=60_000))
-    prepare_tokenizer(TokenizerSettings(base_dir=str(d), vocab_size=400))
-    pretrain.train(pretrain.PretrainSettings(depth=1, base_dir=str(d), seq_len=64, batch_tokens=512, num_iterations=3, eval_tokens=512,
-                                             device="cpu", dtype="float32", compile=False))
-    return d
+    return small_model(tmp_path_factory.mktemp("sft"), seq_len=64, batch_tokens=512, num_iterations=3, eval_tokens=512)
 
 def settings(base, **kw):
     return SFTSettings(**(dict(depth=1, base_dir=str(base), n_conversations=60, num_iterations=8, eval_every=100, device="cpu",

@@ -1,5 +1,5 @@
 "One command: misspelt keys, the roll call, a killed run that goes on, a changed step, failures and what they leave behind."
-import os, signal, subprocess, sys, time, types
+import os, re, signal, subprocess, sys, time, types
 from pathlib import Path
 import pyarrow.parquet as pq, pytest, yaml
 from nanochat_nb import speedrun
@@ -169,6 +169,8 @@ def test_the_chinese_recipe_end_to_end_on_real_text(tmp_path):
     report = read_json(out/"report.json")
     assert {*report["stages"]["pretrain"]["bpb"]} == {*report["stages"]["sft"]["bpb"]} == {"zh", "en"} and "bits a byte" in stdout
     assert {*report["tasks"]} == {"base", "sft"} and report["tasks"]["sft"]["spelling"]["n"] == 4
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", (out/"report.md").read_text(encoding="utf-8"))
+    assert pictures and all((out/p).exists() for p in pictures)
     cleaned = read_json(out/"base/base_data/clean/clean.json")
     assert 0 < cleaned["kept"] < cleaned["documents"]
     assert read_json(out/"base/tokenizer/meta.json")["bytes_per_token"]["zh"] > 2

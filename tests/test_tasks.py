@@ -2,11 +2,10 @@
 import csv, hashlib, io, json, multiprocessing, os, subprocess, time, zipfile
 from pathlib import Path
 import pyarrow as pa, pyarrow.parquet as pq, pytest
-from nanochat_nb import evals, fetch, pretrain, sft, tasks
-from nanochat_nb.data import DataSettings, prepare
+from nanochat_nb import evals, fetch, sft, tasks
 from nanochat_nb.runtime import read_metrics
 from nanochat_nb.speedrun import check_tasks
-from nanochat_nb.tokenizer import TokenizerSettings, prepare_tokenizer
+from conftest import small_model
 from test_fetch import Hub, hurry, says, start_hub
 
 def key(repo, path): return hashlib.sha256(f"{repo}/{path}".encode()).hexdigest()
@@ -146,12 +145,7 @@ def test_a_rare_unusable_conversation_is_left_out(hub, tmp_path, capsys):
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     "A base folder with a tiny world, a tokenizer and a pretrained model of one layer."
-    d = tmp_path_factory.mktemp("tasks")
-    prepare(DataSettings(base_dir=str(d), n_people=10, n_chars=60_000))
-    prepare_tokenizer(TokenizerSettings(base_dir=str(d), vocab_size=400))
-    pretrain.train(pretrain.PretrainSettings(depth=1, base_dir=str(d), seq_len=512, batch_tokens=1024, num_iterations=2, eval_tokens=512,
-                                             device="cpu", dtype="float32", compile=False))
-    return d
+    return small_model(tmp_path_factory.mktemp("tasks"), seq_len=512, batch_tokens=1024, num_iterations=2, eval_tokens=512)
 
 def settings(base, hub, **kw):
     return sft.SFTSettings(**(dict(depth=1, base_dir=str(base), num_iterations=2, eval_every=100, device="cpu", dtype="float32",
