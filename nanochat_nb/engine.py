@@ -17,7 +17,7 @@ import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 from .kernels import causal_attention
-from .model import attention
+from .model import Attention, attention
 from .settings import NanochatError
 from .tokenizer import StreamDecoder
 
@@ -233,7 +233,7 @@ class Engine:
         self.device = model.device if runtime is None else torch.device(runtime.device)
         self.autocast = nullcontext if runtime is None else runtime.autocast
         self.stop, self.fast, self.idle = {tokenizer.special("assistant_end"), tokenizer.bos_id}, None, {}
-        self.chunk = 8 if self.device.type == "cuda" else 1   # steps between two looks at the tokens
+        self.chunk, self.ahead = (8, True) if self.device.type == "cuda" else (1, False)  # steps a look; on meanwhile?
 
     @property
     def dtype(self) -> torch.dtype:
@@ -244,17 +244,17 @@ class Engine:
 
 # %% ../nbs/05_engine.ipynb #7ca73466
 class Frozen(nn.Module):
-    "A linear layer to decode with: its weight as bfloat16, or as int8 with one scale for each output."
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype, int8: bool):
+    "Linear layers of one input, to decode with: weights as bfloat16, or as int8 with one scale for each output."
+    def __init__(self, layers: list[nn.Linear], dtype: torch.dtype, int8: bool):
         super().__init__()
-        w = linear.weight
-        self.source, self.dtype = [w], dtype
+        self.source, self.dtype = [f.weight for f in layers], dtype
+        w = torch.cat(self.source)
         self.register_buffer("weight", torch.empty_like(w, dtype=torch.int8 if int8 else dtype, requires_grad=False))
         self.register_buffer("scale", torch.ones(len(w), device=w.device, dtype=dtype) if int8 else None)
 
     def refresh(self):
         "Read the source's values anew."
-        w = self.source[0].detach().float()
+        w = torch.cat(self.source).detach().float()
         if self.scale is None: self.weight.copy_(w); return
         scale = w.abs().amax(1).clamp(min=1e-12) / 127
         self.weight.copy_((w / scale[:, None]).round()); self.scale.copy_(scale)
@@ -265,11 +265,12 @@ class Frozen(nn.Module):
 
 # %% ../nbs/05_engine.ipynb #15d6f209
 def frozen_copy(model, dtype: torch.dtype, int8: bool):
-    "The model with `Frozen` matrices; all else is shared with the original."
+    "The model with `Frozen` matrices, queries, keys and values in one; all else is shared with the original."
     new = copy.deepcopy(model, {id(t): t for t in [*model.parameters(), *model.buffers()]})
     for m in [*new.modules()]:
+        if isinstance(m, Attention): m.q, m.k, m.v = Frozen([m.q, m.k, m.v], dtype, int8), None, None
         for name, part in [*m.named_children()]:
-            if isinstance(part, nn.Linear): setattr(m, name, Frozen(part, dtype, int8))
+            if isinstance(part, nn.Linear): setattr(m, name, Frozen([part], dtype, int8))
     return new
 
 @patch
@@ -287,7 +288,7 @@ def _refresh(self: Engine):
 class Batch:
     "Rows that decode together, each with a request of its own or free."
     def __init__(self, engine: Engine, rows: int, max_len: int):
-        d, e = engine.device, engine
+        d, e, self.flying = engine.device, engine, []   # chunks under way: owners of the rows, tokens, when done
         self.engine, self.max_len, self.requests, self.graphs = engine, max_len, [None] * rows, {}
         self.slots = Slots(e.model.cfg, rows, max_len + 1, d, e.dtype if d.type == "cuda" else torch.float32)
         self.state, self.options = torch.full((rows, 5 + N_FORCED), -1, device=d), torch.ones(rows, 3, device=d)
@@ -349,14 +350,25 @@ def _take(self: Batch, q: Request, new: list[int]) -> list[int]: # tokens to for
 @patch
 def advance(self: Batch) -> list: # of (request, its new tokens), ended ones included
     "A few steps for all rows."
+    if not self.flying: self._launch()
+    if self.engine.ahead and self._goes_on(): self._launch()
+    owners, tokens, done = self.flying.pop(0)
+    if done: done.synchronize()
     events, calls = [], {}
-    for r, (q, new) in enumerate(zip(self.requests, self._steps())):
-        if not q: continue
+    for r, (q, new) in enumerate(zip(owners, tokens.tolist())):
+        if not q or q is not self.requests[r]: continue               # void: the row has another owner by now
         n = len(q.out)
         if forced := self._take(q, new): calls[r] = forced
         events.append((q, q.out[n:]))
     if calls := {r: f for r, f in calls.items() if not self.requests[r].ended}: self.place(calls)
+    for later, *_ in self.flying: later[:] = [None if r in calls else q for r, q in enumerate(later)]
     return events
+
+@patch
+def _goes_on(self: Batch) -> bool:
+    "Does any row have room for more than what is under way?"
+    under_way, T = len(self.flying) * self.engine.chunk, self.engine.seq_len
+    return any(q and min(q.max_tokens, T - len(q.prompt)) - len(q.out) > under_way for q in self.requests)
 
 # %% ../nbs/05_engine.ipynb #827ef845
 @patch
@@ -376,12 +388,12 @@ def _record(self: Batch, step):
 # %% ../nbs/05_engine.ipynb #a885741e
 @patch
 @torch.no_grad()
-def _steps(self: Batch) -> list[list[int]]:
-    "Run `chunk` steps; the new tokens of every row."
+def _launch(self: Batch):
+    "Set `chunk` steps going."
     e, live = self.engine, [q for q in self.requests if q]
     cut = any(q.temperature and (q.top_k or q.top_p not in (None, 1)) for q in live)
     mode = "cut" if cut else "draw" if any(q.temperature for q in live) else "greedy"
-    n = max(len(q.prompt) + len(q.out) for q in live) + e.chunk - 1
+    n = max(len(q.prompt) + len(q.out) for q in live) + e.chunk * (1 + len(self.flying)) - 1
     if e.compile or e.device.type == "cuda": n = -(-n // 128) * 128
     key = min(n, self.max_len), mode
     if key not in self.graphs:
@@ -392,7 +404,9 @@ def _steps(self: Batch) -> list[list[int]]:
         with e.autocast(): self.graphs[key] = self._record(step) if e.device.type == "cuda" else step
     with e.autocast():
         for _ in range(e.chunk): self.graphs[key]()
-    return self.out.tolist()
+    done = torch.cuda.Event() if e.device.type == "cuda" else None
+    self.flying.append((self.requests[:], self.out.to("cpu", non_blocking=True, copy=True), done))
+    if done: done.record()
 
 # %% ../nbs/05_engine.ipynb #99c4b3ea
 @patch
@@ -403,7 +417,7 @@ def run(self: Engine,
 ):                   # yields [(request, its new tokens), …] after every few steps
     "Decode until there is nothing left to do, refilling rows as they end."
     self._refresh()
-    static = self.compile or self.device.type == "cuda"              # then shapes are worth keeping
+    static = self.compile or self.ahead                              # then shapes are worth keeping
     if static: rows, max_len = 1 << (rows - 1).bit_length(), min(self.seq_len, -(-max_len // 256) * 256)
     batch = self.idle.pop((rows, max_len), None) or Batch(self, rows, max_len)
     try:
@@ -416,7 +430,7 @@ def run(self: Engine,
             if not static and not new and 2 * len(free) >= len(batch.requests): batch.shrink()
             yield batch.advance()
     finally:
-        batch.requests = [None] * len(batch.requests)
+        batch.requests, batch.flying = [None] * len(batch.requests), []
         if static: self.idle = {(rows, max_len): batch}
 
 # %% ../nbs/05_engine.ipynb #6b16aeb6

@@ -115,8 +115,10 @@ def apply_linears(
     *layers: nn.Module,   # matrices (M, C) each
     fp8: float = 0,       # largest |x| expected, if the products are to be in eight bits
 ) -> Tensor:              # (N, sum of M)
-    "x through several matrices: one product while training, each by itself (it may be a smaller copy) otherwise."
-    if not torch.is_grad_enabled(): return torch.cat([f(x) for f in layers], -1)
+    "x through several matrices: one product while training; otherwise each by itself (the engine puts copies there)."
+    if not torch.is_grad_enabled():
+        y = [f(x) for f in layers if f is not None]
+        return torch.cat(y, -1) if len(y) > 1 else y[0]
     w = torch.cat([f.weight for f in layers]) if len(layers) > 1 else layers[0].weight
     return fp8_linear(x, w, fp8) if fp8 else F.linear(x, w)
 
@@ -137,6 +139,7 @@ class Attention(nn.Module):
         self.layer, self.head_dim, self.gqa = layer, cfg.head_dim, cfg.n_kv_head != cfg.n_head
         self.chunk, self.scale, self.fp8 = cfg.layer_chunk(layer), cfg.attn_gain / cfg.head_dim**0.5, 0
         kv = cfg.n_kv_head * cfg.head_dim
+        self.sizes = cfg.n_embd, kv, kv
         self.q, self.k, self.v = Linear(cfg.n_embd, cfg.n_embd), Linear(cfg.n_embd, kv), Linear(cfg.n_embd, kv)
         self.o = Linear(cfg.n_embd, cfg.n_embd)
         self.gate = Linear(16, cfg.n_kv_head) if cfg.has_values(layer) else None
@@ -144,7 +147,7 @@ class Attention(nn.Module):
     def project(self, x, ve, cos, sin):
         "Queries, keys and values (B, T, heads, D)."
         qkv = apply_linears(x.flatten(0, -2), self.q, self.k, self.v, fp8=self.fp8).view(*x.shape[:-1], -1)
-        q, k, v = qkv.split([len(f.weight) for f in (self.q, self.k, self.v)], -1)
+        q, k, v = qkv.split(self.sizes, -1)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
         if ve is not None: v = v + 2 * torch.sigmoid(self.gate(x[..., :16]))[..., None] * ve.view_as(v).to(v.dtype)
         return norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin)), v
