@@ -7,7 +7,7 @@ __all__ = ['N_FORCED', 'gumbel', 'cut', 'sample', 'Slots', 'Fill', 'Next', 'calc
            'compiled_step', 'Request', 'Engine', 'Frozen', 'frozen_copy', 'Batch', 'Reader']
 
 # %% ../nbs/05_engine.ipynb #97b1edcf
-import ast, copy, functools, operator, re
+import ast, copy, functools, operator, re, warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -16,6 +16,7 @@ from itertools import groupby
 import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 from .kernels import causal_attention
 from .model import Attention, attention
 from .settings import NanochatError
@@ -400,8 +401,13 @@ def _launch(self: Batch):
         keys = self.keys[:key[0]].clone()
         if e.compile and len(keys) > 1: torch._dynamo.mark_dynamic(keys, 0)
         args = e.fast, self.slots, self.state, self.options, self.out, keys, mode, e.compile
-        step = lambda: (compiled_step() if e.compile else decode_step)(*args)
-        with e.autocast(): self.graphs[key] = self._record(step) if e.device.type == "cuda" else step
+        step = functools.partial(compiled_step() if e.compile else decode_step, *args)
+        try:
+            with e.autocast(): self.graphs[key] = self._record(step) if e.device.type == "cuda" else step
+        except BackendCompilerFailed as err:
+            warnings.warn(f"decoding goes on uncompiled: {str(err).splitlines()[0]}")
+            e.compile = False
+            return self._launch()
     with e.autocast():
         for _ in range(e.chunk): self.graphs[key]()
     done = torch.cuda.Event() if e.device.type == "cuda" else None
