@@ -1,6 +1,7 @@
 "Engine: what does not read well as a notebook cell."
 import random, time, warnings
 import pytest, torch
+from torch._dynamo.exc import BackendCompilerFailed
 from nanochat_nb.engine import N_FORCED, Engine, Frozen, Request, calculate, cut, forced_by, gumbel, sample
 from nanochat_nb.model import GPT, GPTConfig
 from nanochat_nb.settings import NanochatError
@@ -245,3 +246,20 @@ def test_leaves_the_model_trainable(tok):
     x = torch.tensor([[1, 2, 3]])
     e.model(x, x).backward()
     assert all(p.grad is not None for p in e.model.parameters())
+
+def test_goes_on_where_the_compiler_fails(tok, monkeypatch):
+    def fails(*_): raise BackendCompilerFailed(lambda: 0, TypeError("no shape"), None)
+    prompts = [[tok.bos_id, 5], [tok.bos_id, 6, 7]]
+    want = make_engine(tok).generate(prompts, 12, temperature=0)
+    monkeypatch.setattr("nanochat_nb.engine.compiled_step", lambda: fails)
+    e = make_engine(tok)
+    e.compile = True
+    with pytest.warns(UserWarning, match="uncompiled"): assert e.generate(prompts, 12, temperature=0) == want
+    assert not e.compile
+
+def test_decoding_ahead_changes_nothing(tok):
+    e, ahead = make_engine(tok), make_engine(tok)
+    ahead.chunk, ahead.ahead = 4, True
+    prompts = [[tok.bos_id, *range(5, 5 + n)] for n in (1, 4, 2, 9, 3, 3, 7)]
+    for kw in (dict(temperature=0), dict(temperature=1., top_k=9, seed=3)):
+        assert ahead.generate(prompts, 21, batch_size=3, **kw) == e.generate(prompts, 21, **kw)
