@@ -295,7 +295,7 @@ class Batch:
         self.state, self.options = torch.full((rows, 5 + N_FORCED), -1, device=d), torch.ones(rows, 3, device=d)
         self.state[:, :5] = 0
         self.out = torch.zeros(rows, e.chunk, dtype=torch.long, device=d)
-        self.keys = torch.arange(max_len, device=d)
+        self.keys, self.recorded = torch.arange(max_len, device=d), []
 
     def free(self) -> list[int]:
         "Rows without a request; those that have ended are let go."
@@ -384,6 +384,7 @@ def _record(self: Batch, step):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph): step()
     for x, old in zip((self.state, self.out), kept): x.copy_(old)
+    self.recorded.append(step)             # a replay reads its tensors where they stood: they must not be freed
     return graph.replay
 
 # %% ../nbs/05_engine.ipynb #a885741e

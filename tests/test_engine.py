@@ -263,3 +263,15 @@ def test_decoding_ahead_changes_nothing(tok):
     prompts = [[tok.bos_id, *range(5, 5 + n)] for n in (1, 4, 2, 9, 3, 3, 7)]
     for kw in (dict(temperature=0), dict(temperature=1., top_k=9, seed=3)):
         assert ahead.generate(prompts, 21, batch_size=3, **kw) == e.generate(prompts, 21, **kw)
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("compile", [False, True])
+def test_cuda_equals_cpu_with_tool_calls(tok, compile):
+    "The tables of forced tokens take the memory that anything freed under a recorded graph leaves."
+    e = make_engine(tok)
+    call = [tok.special("python_start"), *tok.encode("12*3"), tok.special("python_end")]
+    prompts = [[tok.bos_id, *call[:-1]], [tok.bos_id, 5, 6], [tok.bos_id, *range(5, 40)]] * 3
+    with torch.no_grad(): e.model.head.weight[call[-1]] = e.model.head.weight.abs().amax() * 3    # calls, again and again
+    want = e.generate(prompts, 60, temperature=0, stop=())
+    gpu = Engine(e.model.cuda(), tok, compile=compile)
+    for _ in range(3): assert gpu.generate(prompts, 60, temperature=0, stop=()) == want
