@@ -194,6 +194,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'nanochat_nb.engine.Batch._goes_on': ('engine.html#batch._goes_on', 'nanochat_nb/engine.py'),
                                     'nanochat_nb.engine.Batch._launch': ('engine.html#batch._launch', 'nanochat_nb/engine.py'),
                                     'nanochat_nb.engine.Batch._record': ('engine.html#batch._record', 'nanochat_nb/engine.py'),
+                                    'nanochat_nb.engine.Batch._step': ('engine.html#batch._step', 'nanochat_nb/engine.py'),
                                     'nanochat_nb.engine.Batch._take': ('engine.html#batch._take', 'nanochat_nb/engine.py'),
                                     'nanochat_nb.engine.Batch.admit': ('engine.html#batch.admit', 'nanochat_nb/engine.py'),
                                     'nanochat_nb.engine.Batch.advance': ('engine.html#batch.advance', 'nanochat_nb/engine.py'),

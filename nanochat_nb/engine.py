@@ -373,6 +373,14 @@ def _goes_on(self: Batch) -> bool:
 
 # %% ../nbs/05_engine.ipynb #827ef845
 @patch
+def _step(self: Batch, n: int, mode: str):
+    "A step that reads the first `n` positions, ready to be called."
+    e, keys = self.engine, self.keys[:n].clone()
+    if e.compile and n > 1: torch._dynamo.mark_dynamic(keys, 0)
+    args = e.fast, self.slots, self.state, self.options, self.out, keys, mode, e.compile
+    return functools.partial(compiled_step() if e.compile else decode_step, *args)
+
+@patch
 @torch.no_grad()
 def _record(self: Batch, step):
     "A step as a CUDA graph; the table is put back after the trial runs."
@@ -398,17 +406,16 @@ def _launch(self: Batch):
     n = max(len(q.prompt) + len(q.out) for q in live) + e.chunk * (1 + len(self.flying)) - 1
     if e.compile or e.device.type == "cuda": n = -(-n // 128) * 128
     key = min(n, self.max_len), mode
-    keys = self.keys[:key[0]].clone()
-    if e.compile and len(keys) > 1: torch._dynamo.mark_dynamic(keys, 0)
-    args = e.fast, self.slots, self.state, self.options, self.out, keys, mode, e.compile
-    step = functools.partial(compiled_step() if e.compile else decode_step, *args)
     try:
         with e.autocast():
-            if key not in self.graphs: self.graphs[key] = self._record(step) if e.device.type == "cuda" else step
+            if key not in self.graphs:
+                step = self._step(*key)
+                self.graphs[key] = self._record(step) if e.device.type == "cuda" else step
             for _ in range(e.chunk): self.graphs[key]()
     except BackendCompilerFailed as err:
         warnings.warn(f"decoding goes on uncompiled, for the compiler failed: {str(err).splitlines()[0]}")
-        e.compile, self.graphs = False, {}; return self._launch()
+        e.compile, self.graphs = False, {}
+        return self._launch()
     done = torch.cuda.Event() if e.device.type == "cuda" else None
     self.flying.append((self.requests[:], self.out.to("cpu", non_blocking=True, copy=True), done))
     if done: done.record()
