@@ -116,9 +116,8 @@ def apply_linears(
     fp8: float = 0,       # largest |x| expected, if the products are to be in eight bits
 ) -> Tensor:              # (N, sum of M)
     "x through several matrices: one product while training; otherwise each by itself (the engine puts copies there)."
-    if not torch.is_grad_enabled():
-        y = [f(x) for f in layers if f is not None]
-        return torch.cat(y, -1) if len(y) > 1 else y[0]
+    y = [] if torch.is_grad_enabled() else [f(x) for f in layers if f is not None]
+    if y: return torch.cat(y, -1) if len(y) > 1 else y[0]
     w = torch.cat([f.weight for f in layers]) if len(layers) > 1 else layers[0].weight
     return fp8_linear(x, w, fp8) if fp8 else F.linear(x, w)
 
