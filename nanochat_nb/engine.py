@@ -295,7 +295,7 @@ class Batch:
         self.state, self.options = torch.full((rows, 5 + N_FORCED), -1, device=d), torch.ones(rows, 3, device=d)
         self.state[:, :5] = 0
         self.out = torch.zeros(rows, e.chunk, dtype=torch.long, device=d)
-        self.keys, self.recorded = torch.arange(max_len, device=d), []
+        self.recorded = []                              # steps whose tensors a graph reads
 
     def free(self) -> list[int]:
         "Rows without a request; those that have ended are let go."
@@ -375,7 +375,7 @@ def _goes_on(self: Batch) -> bool:
 @patch
 def _step(self: Batch, n: int, mode: str):
     "A step that reads the first `n` positions, ready to be called."
-    e, keys = self.engine, self.keys[:n].clone()
+    e, keys = self.engine, torch.arange(n, device=self.engine.device)
     if e.compile and n > 1: torch._dynamo.mark_dynamic(keys, 0)
     args = e.fast, self.slots, self.state, self.options, self.out, keys, mode, e.compile
     return functools.partial(compiled_step() if e.compile else decode_step, *args)
