@@ -91,7 +91,7 @@ def problems(a, rt, model, tok, row):
         for _ in e.drain(todo, rows): pass
         return [q.out for q in todo]
     kept = {}
-    for what, e, n, rows in (("problems, one by one", Engine(model, tok, rt), a.problems, 1),
+    for what, e, n, rows in (("problems, one by one", Engine(model, tok, rt, compile=True), a.problems, 1),
                              ("problems, together", Engine(model, tok, rt, compile=True), 1000, B)):
         row(what, rows, "greedy", lambda: kept.update({what: answer(e, n, rows)}), sum(limits[:n]))
     one, many = kept.values()

@@ -40,6 +40,7 @@ def gumbel(
     return -(-((_mix(x) >> 8) + .5).div(2**23).log()).log()
 
 # %% ../nbs/05_engine.ipynb #74269b12
+@torch.compiler.disable              # a sort and a running sum gain nothing by it, and some compilers fail on them
 def cut(
     x: Tensor,                       # (B, V) scores, divided by the temperature
     top_k: Tensor | None = None,     # (B,) how many tokens stay
@@ -197,10 +198,10 @@ def decode_step(
 
 # %% ../nbs/05_engine.ipynb #120af390
 @functools.cache
-def compiled_step():
-    "`decode_step`, compiled when first called for a shape of batch and a mode."
+def compiled_step(mode: str):
+    "`decode_step`, compiled when first called for a shape of batch; in one piece, unless `cut` stands in the middle."
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    return torch.compile(decode_step, fullgraph=True, dynamic=False)
+    return torch.compile(decode_step, fullgraph=mode != "cut", dynamic=False)
 
 # %% ../nbs/05_engine.ipynb #70a4d058
 @dataclass
@@ -378,7 +379,7 @@ def _step(self: Batch, n: int, mode: str):
     e, keys = self.engine, torch.arange(n, device=self.engine.device)
     if e.compile and n > 1: torch._dynamo.mark_dynamic(keys, 0)
     args = e.fast, self.slots, self.state, self.options, self.out, keys, mode, e.compile
-    return functools.partial(compiled_step() if e.compile else decode_step, *args)
+    return functools.partial(compiled_step(mode) if e.compile else decode_step, *args)
 
 @patch
 @torch.no_grad()

@@ -370,8 +370,8 @@ def plot_exam(
                    color=f"C{i}", error_kw=dict(lw=1))
         for j, c in enumerate(rows.values()): ax.plot([j - .45, j + .45], [c["chance"]] * 2, "k--", lw=1)
         ax.set_xticks(range(len(rows)), [n.replace(", ", "\n") for n in rows], fontsize=7, rotation=30, ha="right")
-        ax.set(title=lang, ylim=(0, 1.05))
-    axes[0].set_ylabel("right"); axes[0].legend(fontsize=7, loc="upper right")
+        ax.set(title=lang, ylim=(0, 1.2))
+    axes[0].set_ylabel("right"); axes[0].legend(fontsize=7, loc="upper center", ncol=4, frameon=False, columnspacing=1)
     fig.tight_layout(); plt.close(fig)
     return fig
 

@@ -435,8 +435,8 @@ def plot_metrics(
         right = ax.twinx()
         shown += draw(right, "bpb_zh", "o-", ms=3, c="C3") + draw(right, "bpb_en", "o-", ms=3, c="C2")
         right.set_ylabel("bits a byte")
-    ax.legend(handles=shown, fontsize=8)
-    ax.set_title(title, fontsize=9)
+    ax.legend(handles=shown, fontsize=7, ncol=3, frameon=False, loc="lower right", bbox_to_anchor=(1, 1))
+    ax.set_title(title, fontsize=9, loc="left")
     fig.tight_layout(); plt.close(fig)
     return fig
 

@@ -216,15 +216,16 @@ def test_cancelled_requests_leave_their_rows(tok, engine):
         if seen == 3: todo[0].ended = "cancelled"
     assert [len(q.out) for q in todo] == [3] + [40] * 5 and todo[1].ended == "length"
 
-def test_the_compiled_step_says_the_same(tok):
+@pytest.mark.parametrize("how", [{}, dict(top_k=[9, 3, None, 40], top_p=[None, .9, .8, None])])
+def test_the_compiled_step_says_the_same(tok, how):
     import shutil
     if not (shutil.which("g++") or shutil.which("clang++")): pytest.skip("no C++ compiler")
     e = make_engine(tok, n_kv_head=1)
     prompts = [[tok.bos_id] * n for n in (1, 3, 20, 9)]
-    want = e.generate(prompts, 30, seed=3, tools=False)
+    want = e.generate(prompts, 30, seed=3, tools=False, **how)
     e.compile = True
-    assert e.generate(prompts, 30, seed=3, tools=False) == want
-    assert e.generate(prompts, 30, seed=3, tools=False, batch_size=3) == want    # padded to four rows, refilled
+    assert e.generate(prompts, 30, seed=3, tools=False, **how) == want
+    assert e.generate(prompts, 30, seed=3, tools=False, batch_size=3, **how) == want    # padded to four rows, refilled
 
 @pytest.mark.parametrize("kw,said", [
     (dict(prompts=[[]]), "prompt 0 is empty"), (dict(prompts=[[1], [1] * 65]), "prompt 1 has 65 tokens"),
@@ -251,7 +252,7 @@ def test_goes_on_where_the_compiler_fails(tok, monkeypatch):
     def fails(*_): raise BackendCompilerFailed(lambda: 0, TypeError("no shape"), None)
     prompts = [[tok.bos_id, 5], [tok.bos_id, 6, 7]]
     want = make_engine(tok).generate(prompts, 12, temperature=0)
-    monkeypatch.setattr("nanochat_nb.engine.compiled_step", lambda: fails)
+    monkeypatch.setattr("nanochat_nb.engine.compiled_step", lambda mode: fails)
     e = make_engine(tok)
     e.compile = True
     with pytest.warns(UserWarning, match="uncompiled"): assert e.generate(prompts, 12, temperature=0) == want
