@@ -77,3 +77,33 @@ def test_an_unwritable_place_is_said(base, tmp_path, monkeypatch):
     monkeypatch.setattr("nanochat_nb.export.save_file", full)
     with pytest.raises(NanochatError, match="No space left"): export_hf(model, tok, tmp_path/"out")
     assert list(tmp_path.iterdir()) == []
+
+def test_the_modern_form_in_a_fresh_process(base, tmp_path):
+    "What a stranger does: no nanochat_nb there, a batch of two lengths padded on the left, answers as the engine gives them."
+    folder, _, tok = base
+    model = GPT(GPTConfig(4, 2, 1, 64, tok.vocab_size, 96, "modern", chunk=8, value_embeds=True, residual_mix=True, attn_gain=1.44)).eval()
+    g = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in model.parameters(): p.normal_(0, .3, generator=g)
+    meta = dict(config=asdict(model.cfg), tokenizer_hash=tok.hash, settings={"source": "world"})
+    save_checkpoint(folder/"sft_checkpoints"/"fast", 7, model, meta=meta)
+    done = command("--tag", "fast", "--stage", "sft", "--base_dir", folder, tmp_path/"out")
+    assert done.returncode == 0, done.stderr
+    assert "trust_remote_code=True)" in (tmp_path/"out"/"README.md").read_text(encoding="utf-8")
+    script = """import json, sys, torch
+sys.modules["nanochat_nb"] = None
+from transformers import AutoModelForCausalLM
+m = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+a, b = json.loads(sys.argv[2])
+ids = torch.tensor([a, [0] * (len(a) - len(b)) + b])
+real = torch.tensor([[1] * len(a), [0] * (len(a) - len(b)) + [1] * len(b)])
+print(json.dumps(m.generate(ids, attention_mask=real, max_new_tokens=30, do_sample=False)[:, len(a):].tolist()))"""
+    a, b = tok.render_prompt([{"role": "user", "content": "你好 hello 12+3"}]), [tok.bos_id, 5]
+    env = os.environ | {"HF_HOME": str(tmp_path/"cache"), "TRANSFORMERS_VERBOSITY": "error"}
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path/"out"), json.dumps([a, b])], capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    end = tok.special("assistant_end")
+    got = [[t for t in row if t != end] for row in json.loads(done.stdout.splitlines()[-1])]
+    assert got == Engine(model, tok).generate([a, b], 30, temperature=0, tools=False, stop={end})
+    done = command("--source", tmp_path/"out", "--tag", "back", "--base_dir", tmp_path/"base")
+    assert done.returncode == 0, done.stderr
