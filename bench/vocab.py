@@ -122,7 +122,7 @@ def main(corpus, out=HERE/"vocab.jsonl"):
         del kept
         jobs = [pool.submit(run_case, tmp, case) for case in todo]
         refs = {n: r for n, r in load_references().items() if not isinstance(r, str)}
-        rows = [dict(name=n, vocab=r.vocab_size) | measure(r, held) for n, r in refs.items()] + [r for r in rows if "name" not in r]
+        rows = [dict(name=n, vocab=r.vocab_size) | measure(r, held) for n, r in refs.items()] + [r for r in rows if r.get("name") not in refs]
         for job in jobs:
             rows += [job.result()] if job.result() else []
             out.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
