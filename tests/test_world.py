@@ -2,12 +2,12 @@
 import os, subprocess, sys
 from collections import Counter
 import pytest
-from nanochat_nb.engine import calculate
+from nanochat_nb.sampling import calculate
 from nanochat_nb.world import EXAMS, TRANSLATE, World, conversations, corpus, exam
 
 PRINT = """
 import hashlib, json
-from nanochat_nb.engine import calculate
+from nanochat_nb.sampling import calculate
 from nanochat_nb.world import EXAMS, World, conversations, corpus, exam
 w = World(seed=5, n_people=40)
 made = corpus(w, 20_000), conversations(w, 200), [exam(w, lang, kind, 20) for lang in ("zh", "en") for kind in EXAMS]
