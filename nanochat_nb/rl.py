@@ -20,7 +20,8 @@ from .convert import hold_out, mix_counts, parse_mix
 from .loader import shuffled
 from .runtime import all_reduce_mean, close_runtime, hardware, init_runtime, print0, read_metrics
 from .checkpoint import check_same_tokenizer
-from .engine import Engine, forced_by
+from .engine import Engine
+from .sampling import forced_by
 from .evals import STAGES, checkpoints, find_checkpoint, is_right, load_model, world_of
 from .pretrain import Trainer, TrainSettings, artefacts, evaluator, last_values, launch_training
 from .sft import chat_sampler, take
