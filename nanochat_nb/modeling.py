@@ -38,7 +38,8 @@ def see(
     at = key[:, -n:]
     mask = real[:, None].bool() & (key[:, None] <= at[..., None])
     if chunk: mask &= key[:, None] // chunk == at[..., None] // chunk
-    mask |= torch.eye(real.size(1), dtype=torch.bool, device=real.device)[-n:]      # padding sees itself
+    i = torch.arange(real.size(1), device=real.device)
+    mask |= i == i[-n:, None]                                                       # padding sees itself
     return at, mask[:, None]
 
 # %% ../nbs/09a_modeling.ipynb #41a9a159
