@@ -23,9 +23,7 @@ class NanochatNbConfig(PretrainedConfig):
         self.max_position_embeddings, self.head_dim = max_position_embeddings, hidden_size // num_attention_heads
         self.chunk, self.value_embeds = chunk, value_embeds              # stretch of attention; tables of values
         self.residual_mix, self.attn_gain = residual_mix, attn_gain      # factors of the stream; of the scores
-        file = "modeling_nanochat_nb."
-        self.auto_map = dict(AutoConfig=file + "NanochatNbConfig", AutoModelForCausalLM=file + "NanochatNbForCausalLM")
-        super().__init__(**dict(kwargs, auto_map=self.auto_map, tie_word_embeddings=False))
+        super().__init__(**dict(kwargs, tie_word_embeddings=False))
 
 # %% ../nbs/09a_modeling.ipynb #11a58c7a
 def see(
