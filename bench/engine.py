@@ -2,14 +2,16 @@
 a set of word problems answered together against one by one. Prints one table.
 
 python bench/engine.py --depth 12 --device cuda
-python bench/engine.py --depth 4 --vocab_size 1024 --seq_len 512 --device cpu --transformers --problems 50"""
+python bench/engine.py --depth 4 --vocab_size 1024 --seq_len 512 --device cpu --transformers --problems 50
+python bench/engine.py --base FOLDER --batches "" --problems 100                   a trained model and the world's word problems"""
 import argparse, os, statistics, time
 import torch
 from nanochat_nb.engine import Engine
+from nanochat_nb.evals import is_right, load_engine, world_of
 from nanochat_nb.model import GPT, config_from_depth, count_params, to_hf
 from nanochat_nb.runtime import init_runtime
 from nanochat_nb.tokenizer import train_tokenizer
-from nanochat_nb.world import World, documents
+from nanochat_nb.world import World, documents, exam
 
 class Sized:
     "A tokenizer of a small vocabulary in front of a model with a larger one; what it cannot say is left out."
@@ -46,9 +48,13 @@ def main():
     ap.add_argument("--new", type=int, default=240); ap.add_argument("--eager", action="store_true", help="also without compiling")
     ap.add_argument("--int8", action="store_true"); ap.add_argument("--transformers", action="store_true")
     ap.add_argument("--problems", type=int, default=0, help="answers in the one-by-one comparison; the batch answers 1,000")
+    ap.add_argument("--base", default="", help="base folder of a run on the mini world: its fine-tuned model instead of a random one")
     a = ap.parse_args()
     rt = init_runtime(a.device, a.dtype)
-    tok, model = build(a, rt)
+    if a.base:
+        e = load_engine(a.base, "sft", runtime=rt)
+        tok, model, a.depth, a.vocab_size = e.tok, e.model, e.model.cfg.n_layer, e.tok.vocab_size
+    else: tok, model = build(a, rt)
     cuda = rt.device.type == "cuda"
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if cuda else f'CPU, {torch.get_num_threads()} thread(s)'}, {rt.dtype}; "
           f"d{a.depth}, vocabulary {a.vocab_size:,}, {count_params(model.cfg)['total']:,} parameters; prompt {a.prompt}, {a.new} new tokens\n")
@@ -60,7 +66,7 @@ def main():
     ways = [("greedy", dict(temperature=0)), ("T = 1", dict(temperature=1.)), ("top-k 50", dict(temperature=1., top_k=50))]
     for what, kw in engines:
         e = Engine(model, tok, rt, **kw)
-        for B in map(int, a.batches.split(",")):
+        for B in map(int, filter(None, a.batches.split(","))):
             x = torch.randint(0, 900, (B, a.prompt), generator=torch.Generator().manual_seed(B)).tolist()
             for how, opts in ways if cuda or B == 1 else ways[:1]:
                 row(what, B, how, lambda: e.generate(x, a.new, stop=(), tools=False, batch_size=B, **opts), B * a.new)
@@ -71,7 +77,7 @@ def main():
         hf = NanoChatForCausalLM(NanoChatConfig(**cfg)).to(rt.device)
         hf.load_state_dict(state); hf.eval()
         hf.generation_config.eos_token_id, hf.generation_config.pad_token_id = None, 0
-        for B in map(int, a.batches.split(",")):
+        for B in map(int, filter(None, a.batches.split(","))):
             x = torch.randint(0, 900, (B, a.prompt), generator=torch.Generator().manual_seed(B)).to(rt.device)
             def f():
                 with torch.no_grad(), rt.autocast(): hf.generate(x, max_new_tokens=a.new, min_new_tokens=a.new, do_sample=False)
@@ -79,22 +85,29 @@ def main():
     if a.problems: problems(a, rt, model, tok, row)
 
 def problems(a, rt, model, tok, row):
-    "Prompts as long as GSM8K's and answers of many lengths: 1,000 together against some of them one by one."
-    g = torch.Generator().manual_seed(1)
+    "Prompts as long as GSM8K's and answers of many lengths, or the world's problems: 1,000 together, some of them one by one."
+    g, world = torch.Generator().manual_seed(1), world_of(a.base) if a.base else None
+    items = [x for l in ("zh", "en") for x in exam(world, l, "arithmetic", 500)] if a.base else []
+    items = [items[i] for i in torch.randperm(len(items), generator=g)]
     sizes = torch.randint(40, 140, (1000,), generator=g).tolist()
-    prompts = [torch.randint(0, 900, (n,), generator=g).tolist() for n in sizes]
-    limits = torch.randint(30, 200, (1000,), generator=g).tolist()
+    prompts = [tok.render_prompt(x["messages"]) for x in items] or [torch.randint(0, 900, (n,), generator=g).tolist() for n in sizes]
+    limits = [200] * len(items) or torch.randint(30, 200, (1000,), generator=g).tolist()
     B = 128 if rt.device.type == "cuda" else 64
     def answer(e, n, rows):
-        todo = e.requests(prompts[:n], 200, temperature=0, stop=(), tools=False)
+        todo = e.requests(prompts[:n], 200, temperature=0, **({} if items else dict(stop=(), tools=False)))
         for q, m in zip(todo, limits): q.max_tokens = m
         for _ in e.drain(todo, rows): pass
         return [q.out for q in todo]
     kept = {}
-    for what, e, n, rows in (("problems, one by one", Engine(model, tok, rt, compile=True), a.problems, 1),
-                             ("problems, together", Engine(model, tok, rt, compile=True), 1000, B)):
-        row(what, rows, "greedy", lambda: kept.update({what: answer(e, n, rows)}), sum(limits[:n]))
+    for what, n, rows in (("problems, one by one", a.problems, 1), ("problems, together", len(prompts), B)):
+        e = Engine(model, tok, rt, compile=True)
+        kept[what] = answer(e, n, rows)
+        row(what, rows, "greedy", lambda: answer(e, n, rows), sum(map(len, kept[what])))
     one, many = kept.values()
     print(f"\nthe same answers: {sum(x == y for x, y in zip(one, many))} of {len(one)}")
+    if items:
+        for what, out in kept.items():
+            right = sum(is_right(tok.decode(o), x["answer"]) for o, x in zip(out, items))
+            print(f"{what}: {right} of {len(out)} right")
 
 if __name__ == "__main__": main()
