@@ -36,18 +36,16 @@ class _LinearLoss(torch.autograd.Function):
         low, total, dx, dw = w.to(x.dtype), 0.0, [], torch.zeros_like(w)
         if fp8: (w8, s), sx = weights_fp8(w), E4M3 / math.sqrt(x.size(1))
         for a, t in zip(x.split(rows), y.split(rows)):
-            a = to_fp8(a, sx) if fp8 else a
-            z = fp8_matmul(a, w8, s * sx) if fp8 else a @ low.T               # (rows, V)
+            z = fp8_matmul(to_fp8(a, sx), w8, s * sx) if fp8 else a @ low.T   # (rows, V)
             valid, right = (t >= 0)[:, None], torch.arange(len(w), device=w.device) == t[:, None]
             at = cap * torch.tanh(z.gather(1, t.clamp(min=0)[:, None]).float() / cap) - cap
             p = torch.sigmoid(z.float() * (2 / cap))
             z = 2 * cap * (p - 1)                                             # less cap, as `at` and `lse`
             lse = z.exp().sum(-1, keepdim=True).log()
             total = total + ((lse - at) * valid).sum()
-            g = ((z - lse).exp() - right.float()) * (4 * p * (1 - p)) * valid
-            g = settle((g * 256).to(torch.float8_e5m2)) if fp8 else g.to(x.dtype)
-            dx.append(fp8_matmul(g, w8.T.contiguous(), s * 256) if fp8 else g @ low)
-            dw = dw + (fp8_weights(g, a, 256 * sx) if fp8 else (g.T @ a).to(w.dtype))
+            g = (((z - lse).exp() - right.float()) * (4 * p * (1 - p)) * valid).to(x.dtype)
+            dx.append(fp8_matmul((g * 256).to(torch.float8_e5m2), w8.T.contiguous(), s * 256) if fp8 else g @ low)
+            dw = dw + (g.T @ a).to(w.dtype)
         ctx.save_for_backward(torch.cat(dx), dw)
         return total
 
@@ -61,10 +59,10 @@ def linear_loss(
     y: Tensor,             # (N,) targets; -1 is ignored
     cap: float = 15.0,     # soft cap of the logits
     rows: int = 4096,      # rows whose logits exist at a time
-    fp8: bool = False,     # all three products in eight bits; N and V multiples of 16
+    fp8: bool = False,     # products with the head in eight bits; its own gradient stays in x's type
 ) -> Tensor:               # summed cross-entropy in nats, a float32 scalar
     "Head, soft cap and cross-entropy in one pass that keeps gradients instead of logits."
-    return _LinearLoss.apply(x, w, y, cap, max(16, rows // 16 * 16) if fp8 else rows, fp8)
+    return _LinearLoss.apply(x, w, y, cap, rows, fp8)
 
 # %% ../nbs/02e_kernels.ipynb #9d6d32cb
 def settle(x: Tensor) -> Tensor:
@@ -75,8 +73,8 @@ def settle(x: Tensor) -> Tensor:
 # %% ../nbs/02e_kernels.ipynb #f44c5d40
 class _RotaryQKV(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, cos, sin, n_head):
-        n_kv, half, out = (x.size(2) - n_head) // 2, x.size(3) // 2, []
+    def forward(ctx, x, cos, sin, n_head, settled):
+        n_kv, half, out, ctx.settled = (x.size(2) - n_head) // 2, x.size(3) // 2, [], settled
         q, k, v = x.split((n_head, n_kv, n_kv), 2)
         for t in (q.float(), k.float()):
             r = torch.rsqrt(t.square().mean(-1, keepdim=True) + 1e-6)
@@ -90,8 +88,9 @@ class _RotaryQKV(torch.autograd.Function):
         def back(g, y, r):
             g = g.float()
             t = g - y * (g * y).mean(-1, keepdim=True)
-            return (r * (t * cos - t.roll(t.size(-1) // 2, -1) * sin)).to(y.dtype)
-        return settle(torch.cat((back(gq, q, rq), back(gk, k, rk), gv), 2)), None, None, None
+            t = (r * (t * cos - t.roll(t.size(-1) // 2, -1) * sin)).to(y.dtype)
+            return settle(t) if ctx.settled else t
+        return torch.cat((back(gq, q, rq), back(gk, k, rk), gv), 2), None, None, None, None
 
 # %% ../nbs/02e_kernels.ipynb #e65914e9
 def rotary_qkv(
@@ -99,9 +98,10 @@ def rotary_qkv(
     cos: Tensor,   # (…, T, 1, D) float32, tables of `rope_table`
     sin: Tensor,
     n_head: int,   # H
+    settled: bool = False,  # write gradients of q and k to memory: where eight-bit products read them, twice
 ) -> tuple[Tensor, Tensor, Tensor]:  # (B, T, H, D), (B, T, K, D), (B, T, K, D)
     "Queries and keys rotated by position and brought to length √D; values as they are."
-    return _RotaryQKV.apply(x, cos, sin, n_head)
+    return _RotaryQKV.apply(x, cos, sin, n_head, settled)
 
 # %% ../nbs/02e_kernels.ipynb #06925950
 def causal_attention(
@@ -164,26 +164,28 @@ def fp8_weights(
 # %% ../nbs/02e_kernels.ipynb #aecd9492
 class _Fp8Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w, bound):
+    def forward(ctx, x, w, bound, settled):
         (w8, s), sx = weights_fp8(w), E4M3 / bound
         x8 = to_fp8(x, sx)
         ctx.save_for_backward(x8, w8, s)
-        ctx.sx = sx
+        ctx.sx, ctx.settled = sx, settled
         return fp8_matmul(x8, w8, s * sx)
 
     @staticmethod
     def backward(ctx, g):
         x8, w8, s = ctx.saved_tensors
         g8 = g.clamp(-E5M2, E5M2).to(torch.float8_e5m2)
-        return fp8_matmul(g8, w8.T.contiguous(), s), fp8_weights(g8, x8, ctx.sx), None
+        if ctx.settled: g8 = settle(g8)
+        return fp8_matmul(g8, w8.T.contiguous(), s), fp8_weights(g8, x8, ctx.sx), None, None
 
 def fp8_linear(
     x: Tensor,     # (N, C) bfloat16; N, C and M multiples of 16
     w: Tensor,     # (M, C)
     bound: float,  # |x| beyond it saturates: √C after RMSNorm
+    settled: bool = False,  # write the gradient in eight bits to memory before it is transposed
 ) -> Tensor:       # (N, M) bfloat16
     "x @ w.T, this product and both of its gradients in eight bits; scale the loss until gradients are about 1."
-    return _Fp8Linear.apply(x, w, bound)
+    return _Fp8Linear.apply(x, w, bound, settled)
 
 # %% ../nbs/02e_kernels.ipynb #8de4c691
 def fp8_works(device) -> bool:

@@ -104,13 +104,15 @@ def apply_linears(
     x: Tensor,            # (N, C)
     *layers: nn.Module,   # matrices (M, C) each
     fp8: float = 0,       # largest |x| expected, if the products are to be in eight bits
+    settled: bool = False, # see `fp8_linear`
 ) -> Tensor:              # (N, sum of M)
     "x through several matrices: one product while training; otherwise each by itself (the engine puts copies there)."
     y = [] if torch.is_grad_enabled() else [f(x) for f in layers if f is not None]
     if y: return torch.cat(y, -1) if len(y) > 1 else y[0]
     w = torch.cat([f.weight for f in layers]) if len(layers) > 1 else layers[0].weight
-    return fp8_linear(x, w, fp8) if fp8 else F.linear(x, w)
+    return fp8_linear(x, w, fp8, settled) if fp8 else F.linear(x, w)
 
+# %% ../nbs/02_model.ipynb #ab14615e
 def attention(
     q: Tensor, k: Tensor, v: Tensor,  # (B, T, H, D), (B, S, K, D), (B, S, K, D)
     mask: Tensor | None = None,       # (B, 1, T, S), true where a query may look
@@ -135,7 +137,7 @@ class Attention(nn.Module):
     def project(self, x, ve, cos, sin):
         "Queries, keys and values (B, T, heads, D)."
         qkv = apply_linears(x.flatten(0, -2), self.q, self.k, self.v, fp8=self.fp8)
-        q, k, v = rotary_qkv(qkv.view(*x.shape[:-1], -1, self.head_dim), cos, sin, self.n_head)
+        q, k, v = rotary_qkv(qkv.view(*x.shape[:-1], -1, self.head_dim), cos, sin, self.n_head, bool(self.fp8))
         if ve is not None: v = v + 2 * torch.sigmoid(self.gate(x[..., :16]))[..., None] * ve.view_as(v).to(v.dtype)
         return q, k, v
 
@@ -157,7 +159,7 @@ class MLP(nn.Module):
     def forward(self, x):
         h = apply_linears(x.flatten(0, -2), self.fc, fp8=self.fp8[0])
         a = F.relu(h) * F.relu(h) if self.fp8[0] else relu_square(h)  # eight bits: a is never written
-        return apply_linears(a, self.proj, fp8=self.fp8[1]).view_as(x)
+        return apply_linears(a, self.proj, fp8=self.fp8[1], settled=True).view_as(x)
 
 # %% ../nbs/02_model.ipynb #9b319ede
 class Block(nn.Module):
