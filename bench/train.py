@@ -17,6 +17,8 @@ RUNS = {  # name: who, depth, vocabulary, rows of a micro-batch, and what else d
     "modern-d12": dict(who="ours", depth=12, vocab=32768, rows=32, arch="modern"),
     "modern-fp8-d12": dict(who="ours", depth=12, vocab=32768, rows=32, arch="modern", fp8=True),
     "modern-tune-d12": dict(who="ours", depth=12, vocab=32768, rows=32, arch="modern", env={"TORCHINDUCTOR_COORDINATE_DESCENT_TUNING": "1"}),
+    "ref-64rows-d12": dict(who="reference", depth=12, vocab=32768, rows=64, pattern="L"),
+    "modern-fp8-64rows-d12": dict(who="ours", depth=12, vocab=32768, rows=64, arch="modern", fp8=True),
     "modern-fp8-lean-d12": dict(who="ours", depth=12, vocab=32768, rows=32, arch="modern", fp8=True, budget=0.9),
     "classic-d20": dict(who="ours", depth=20, vocab=32768, rows=16, arch="classic"),
     "modern-d20": dict(who="ours", depth=20, vocab=32768, rows=16, arch="modern"),
@@ -25,7 +27,7 @@ RUNS = {  # name: who, depth, vocabulary, rows of a micro-batch, and what else d
 BATCH, T = 524288, 2048
 KINDS = (("attention", ("flash", "fmha", "sdpa", "flex", "cudnn_generated", "attention")),
          ("products", ("gemm", "nvjet", "cutlass", "xmma", "cublas", "wgmma", "splitk")),
-         ("loss", ("logsumexp", "loss", "softmax", "tanh")))
+         ("loss", ("logsumexp", "loss", "softmax", "tanh", "_exp_")))
 
 
 def tokens(vocab):

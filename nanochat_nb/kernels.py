@@ -34,7 +34,7 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, y, cap, rows, fp8):
         low, total, dx, dw = w.to(x.dtype), 0.0, [], torch.zeros_like(w)
-        if fp8: (w8, s), sx = weights_fp8(w), E4M3 / math.sqrt(x.size(1))
+        if fp8: (w8, s), sx = weights_fp8(low), E4M3 / math.sqrt(x.size(1))
         for a, t in zip(x.split(rows), y.split(rows)):
             z = fp8_matmul(to_fp8(a, sx), w8, s * sx) if fp8 else a @ low.T   # (rows, V)
             valid, right = (t >= 0)[:, None], torch.arange(len(w), device=w.device) == t[:, None]
