@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['E4M3', 'E5M2', 'relu_square', 'linear_loss', 'settle', 'rotary_qkv', 'causal_attention', 'chunk_mask', 'to_fp8',
-           'weights_fp8', 'fp8_matmul', 'fp8_weights', 'fp8_linear', 'fp8_works']
+           'weights_fp8', 'fp8_matmul', 'fp8_linear', 'fp8_works']
 
 # %% ../nbs/02e_kernels.ipynb #9f93eb85
 import math
@@ -146,22 +146,13 @@ def fp8_matmul(
     a: Tensor,      # (N, C) eight bits, rows contiguous
     b: Tensor,      # (M, C) eight bits, rows contiguous
     scale: Tensor,  # what both were multiplied by, together
-) -> Tensor:        # (N, M) bfloat16
+    out: torch.dtype = torch.bfloat16,  # float32 is summed in full precision too
+) -> Tensor:        # (N, M)
     "a @ b.T / scale; C and M must be multiples of 16."
-    one = torch.ones((), device=a.device)
-    return torch._scaled_mm(a, b.T, scale_a=one, scale_b=1 / scale, out_dtype=torch.bfloat16, use_fast_accum=True)
+    one, fast = torch.ones((), device=a.device), out == torch.bfloat16
+    return torch._scaled_mm(a, b.T, scale_a=one, scale_b=1 / scale, out_dtype=out, use_fast_accum=fast)
 
 # %% ../nbs/02e_kernels.ipynb #9ac6461a
-def fp8_weights(
-    g: Tensor,      # (N, M) eight bits, gradient of what a product gave
-    x: Tensor,      # (N, C) eight bits, what it read
-    scale: float,   # what both were multiplied by, together
-) -> Tensor:        # (M, C) float32
-    "The weights' gradient g.T @ x / scale, summed in full precision; N, M and C must be multiples of 16."
-    one, s = torch.ones((), device=g.device), torch.full((), 1 / scale, device=g.device)
-    return torch._scaled_mm(g.T.contiguous(), x.T.contiguous().T, scale_a=one, scale_b=s, out_dtype=torch.float32)
-
-# %% ../nbs/02e_kernels.ipynb #aecd9492
 class _Fp8Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, bound, settled):
@@ -174,9 +165,9 @@ class _Fp8Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         x8, w8, s = ctx.saved_tensors
-        g8 = g.clamp(-E5M2, E5M2).to(torch.float8_e5m2)
-        if ctx.settled: g8 = settle(g8)
-        return fp8_matmul(g8, w8.T.contiguous(), s), fp8_weights(g8, x8, ctx.sx), None, None
+        g8 = (settle if ctx.settled else Tensor.contiguous)(g.clamp(-E5M2, E5M2).to(torch.float8_e5m2))
+        dw = fp8_matmul(g8.T.contiguous(), x8.T.contiguous(), torch.full_like(s, ctx.sx), torch.float32)
+        return fp8_matmul(g8, w8.T.contiguous(), s), dw, None, None
 
 def fp8_linear(
     x: Tensor,     # (N, C) bfloat16; N, C and M multiples of 16

@@ -373,16 +373,6 @@ def advance(self: KVCache, n_new: int):
     "All layers are written: every row is `n_new` tokens longer."
     self._lengths, self.pos = self._lengths + n_new, self.pos + n_new
 
-# %% ../nbs/02_model.ipynb #a623c4f7
-@patch
-def select(self: KVCache,
-    rows: list | Tensor,  # row numbers, repeated or left out at will
-) -> KVCache:
-    "A new cache of the chosen rows: copy one prompt for many samples, or drop finished rows."
-    new, rows = object.__new__(KVCache), torch.as_tensor(rows, device=self.k.device)
-    new.k, new.v, new.max_len, new.lengths = self.k[:, rows], self.v[:, rows], self.max_len, self._lengths[rows]
-    return new
-
 # %% ../nbs/02_model.ipynb #629bedb9
 def count_params(cfg: GPTConfig) -> dict:
     "Parameters by part, and their total."

@@ -103,26 +103,15 @@ def main(cfg: PipelineSettings) -> None:
 # %% ../nbs/00e_clean_more.ipynb #0345cc5b
 _UNIT = re.compile(r"[A-Za-z']+ ?|[\u3400-\u9fff]")  # a word with its space, or a Han character
 
-def swap_words(
-    text: str,
-    groups: list[tuple],    # words of one group may stand for each other
-    p: float,               # chance for every occurrence
-    rng: random.Random,
-) -> str:
-    "Replace words by others of their group."
+def swap_words(text: str, groups: list[tuple], p: float, rng: random.Random) -> str:
+    "Replace words, each with chance p, by others of their group."
     other = {x: [y for y in g if y != x] for g in groups for x in g}
     words = "|".join(re.escape(x) for x in sorted(other, key=len, reverse=True))
     return re.sub(rf"(?<![A-Za-z])(?:{words})(?![A-Za-z])",
                   lambda m: rng.choice(other[m[0]]) if rng.random() < p else m[0], text)
 
-
-# %% ../nbs/00e_clean_more.ipynb #6e282a05
-def drop_words(
-    text: str,
-    p: float,               # chance for every word or Han character
-    rng: random.Random,
-) -> str:
-    "Delete words and Han characters at random; digits and punctuation stay."
+def drop_words(text: str, p: float, rng: random.Random) -> str:
+    "Delete words and Han characters, each with chance p; digits and punctuation stay."
     return _UNIT.sub(lambda m: "" if rng.random() < p else m[0], text)
 
 def back_translate(

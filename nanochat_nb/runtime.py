@@ -17,10 +17,8 @@ import torch, torch.distributed as dist, yaml
 from .settings import NanochatError, atomic_path, base_folder, did_you_mean, read_json, write_json
 
 # %% ../nbs/02b_runtime.ipynb #a9fbe42c
-def fast_bf16(
-    device: str,  # "cuda", "mps" or "cpu"
-) -> bool:        # True when matrix products in bfloat16 are native there
-    "Whether the hardware has bfloat16 units: Ampere GPUs and later, CPUs with AVX512-BF16 or AMX."
+def fast_bf16(device: str) -> bool:
+    "Whether cuda, mps or cpu has bfloat16 units here: Ampere GPUs and later, CPUs with AVX512-BF16 or AMX."
     if device == "cuda": return torch.cuda.get_device_capability() >= (8, 0)
     units = ("avx512_bf16", "amx_tile") if device == "cpu" else ()
     return any(getattr(torch.cpu, f"_is_{u}_supported", bool)() for u in units)
@@ -128,10 +126,8 @@ def barrier():
     "Wait for all ranks."
     if dist.is_initialized(): dist.barrier()
 
-def broadcast_object(
-    obj,   # on rank 0: anything; ignored on the others
-):         # rank 0's object, on every rank
-    "Give every rank what rank 0 has."
+def broadcast_object(obj): # rank 0's object, on every rank
+    "Give every rank what rank 0 has; `obj` is ignored on the others."
     box = [obj]
     if dist.is_initialized(): dist.broadcast_object_list(box, src=0)
     return box[0]
@@ -172,11 +168,8 @@ except Exception as e: sys.exit(f"{type(e).__name__}: {str(e).strip().splitlines
 """
 
 # %% ../nbs/02b_runtime.ipynb #8930e37a
-def can_compile(
-    device: str = "cpu",  # device type
-    folder="",            # base folder, where the answer is remembered
-) -> bool:                # when it does not, the main rank prints why
-    "Whether torch.compile works here: tried once for each machine, torch and compiler, forward and backward."
+def can_compile(device: str = "cpu", folder="") -> bool: # if not, the main rank prints why
+    "Whether torch.compile works here: tried once for each machine, torch and compiler; remembered in the base folder."
     cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     who = [platform.node(), torch.__version__, device, cxx]
     if torch.cuda.is_available(): who.append(torch.cuda.get_device_name())
@@ -190,11 +183,8 @@ def can_compile(
     return not known[key]
 
 # %% ../nbs/02b_runtime.ipynb #fde6e026
-def peak_flops(
-    rt: Runtime,
-    seconds: float = 0.3,  # how long to measure
-) -> float:                # floating-point operations a second, the best of the repetitions
-    "Measured speed of a large matrix product in `rt.dtype`: the ceiling that MFU is a fraction of."
+def peak_flops(rt: Runtime, seconds: float = 0.3) -> float:
+    "Floating-point operations a second of a large product in `rt.dtype`, measured: what MFU is a fraction of."
     n = {"cuda": 8192, "mps": 4096}.get(rt.device.type, 1024)
     sync = getattr(torch, rt.device.type).synchronize
     a, b = (torch.randn(n, n, device=rt.device).to(rt.dtype) for _ in range(2))
@@ -228,10 +218,8 @@ def _plain(v):
     if hasattr(v, "item"): v = v.item()
     return None if isinstance(v, float) and not math.isfinite(v) else v
 
-def read_metrics(
-    path,      # metrics.jsonl
-) -> list:     # one dict a row
-    "Rows of a metrics file; a half-written last line is left out."
+def read_metrics(path: str | Path) -> list[dict]:
+    "Rows of a metrics.jsonl; a half-written last line is left out."
     if not Path(path).exists(): return []
     *lines, last = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
     rows = []
@@ -243,11 +231,8 @@ def read_metrics(
 # %% ../nbs/02b_runtime.ipynb #373eeeed
 TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "swanlab": "swanlab", "trackio": "trackio"}
 
-def open_tracker(
-    name: str,     # one of TRACKERS
-    folder: Path,  # of the run
-) -> tuple:        # log(numbers, step), close()
-    "A second place for the rows of metrics."
+def open_tracker(name: str, folder: Path) -> tuple: # log(numbers, step), close()
+    "A second place for the rows of metrics: one of TRACKERS, and the run's folder."
     if name not in TRACKERS: raise NanochatError(f"unknown tracker {name!r}{did_you_mean(name, TRACKERS)}")
     try: m = importlib.import_module(TRACKERS[name])
     except ImportError:

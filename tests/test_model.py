@@ -62,18 +62,6 @@ def test_greedy_generation_equals_transformers():
     assert torch.equal(torch.cat(out, 1), want)
 
 @torch.no_grad()
-def test_cache_select_copies_and_drops_rows():
-    m = random_model(GPTConfig(2, 2, 2, 32, 50, 32))
-    x = torch.randint(0, 50, (3, 8)); cache = KVCache(m.cfg, 3, 32)
-    m(x, cache=cache); cache.lengths = [8, 3, 5]
-    some = cache.select([2, 0, 2])
-    nxt = torch.tensor([[1], [2], [3]])
-    got = m(nxt, cache=some)[:, 0]
-    for g, (row, n), t in zip(got, ((2, 5), (0, 8), (2, 5)), nxt):
-        torch.testing.assert_close(g, m(torch.cat((x[row, :n], t))[None])[0, -1], atol=1e-4, rtol=0)
-    assert cache.lengths.tolist() == [8, 3, 5] and some.lengths.tolist() == [6, 9, 6]
-
-@torch.no_grad()
 def test_ragged_cache_in_bfloat16():
     m = random_model(GPTConfig(2, 2, 1, 32, 50, 32))
     x, lengths = torch.randint(0, 50, (2, 12)), [4, 7]
