@@ -521,5 +521,4 @@ def main(cfg: CleanSettings) -> None:
     docs = world.corpus(world.World(), cfg.n_chars) if cfg.source == "world" else cfg.source
     print_report(out_folder(cfg), clean(docs, cfg, out_folder(cfg)))
 
-# %% ../nbs/00b_clean.ipynb #61114c9b
 if __name__ == "__main__" and "get_ipython" not in globals(): run_main(main, CleanSettings)
