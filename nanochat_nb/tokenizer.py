@@ -155,7 +155,7 @@ def train_tokenizer(
     spec = json.dumps(json.loads(tk.to_str()), ensure_ascii=False, sort_keys=True, indent=1) + "\n"
     return Tokenizer(spec, dict(meta or {}, pattern=pattern))
 
-# %% ../nbs/01_tokenizer.ipynb #ab01afce
+# %% ../nbs/01_tokenizer.ipynb #9b45bb0f
 @patch
 def special(self: Tokenizer,
     name: str, # "bos" or "<|bos|>"
@@ -165,7 +165,6 @@ def special(self: Tokenizer,
     if full not in self._special: raise NanochatError(f"no special token {full!r}{did_you_mean(full, SPECIAL)}")
     return self._special[full]
 
-# %% ../nbs/01_tokenizer.ipynb #32fdfc21
 @patch
 def encode(self: Tokenizer,
     text: str,    # special strings in it stay text
