@@ -39,11 +39,12 @@ class _LinearLoss(torch.autograd.Function):
             z = fp8_matmul(to_fp8(a, sx), w8, s * sx) if fp8 else a @ low.T   # (rows, V)
             valid, right = (t >= 0)[:, None], torch.arange(len(w), device=w.device) == t[:, None]
             at = cap * torch.tanh(z.gather(1, t.clamp(min=0)[:, None]).float() / cap) - cap
-            p = torch.sigmoid(z.float() * (2 / cap))
-            z = 2 * cap * (p - 1)                                             # less cap, as `at` and `lse`
+            z = z.float() / cap
+            bent = torch.tanh(z) if x.dtype == torch.float32 else 2 * torch.sigmoid(2 * z) - 1
+            z = cap * (bent - 1)                                              # less cap, as `at` and `lse`
             lse = z.exp().sum(-1, keepdim=True).log()
             total = total + ((lse - at) * valid).sum()
-            g = (((z - lse).exp() - right.float()) * (4 * p * (1 - p)) * valid).to(x.dtype)
+            g = (((z - lse).exp() - right.float()) * (1 - bent.square()) * valid).to(x.dtype)
             dx.append(fp8_matmul((g * 256).to(torch.float8_e5m2), w8.T.contiguous(), s * 256) if fp8 else g @ low)
             dw = dw + (g.T @ a).to(w.dtype)
         ctx.save_for_backward(torch.cat(dx), dw)

@@ -49,7 +49,7 @@ def test_cautious_decay_by_hand():
 
 def make(seed=0):
     model = GPT(config_from_depth(2, 64, 16))
-    return model, make_optimizer(model, weight_decay=.1)
+    return model, make_optimizer(model, weight_decay=.1, dtype=torch.float32)
 
 def go(model, opt, steps):
     out = []
@@ -156,7 +156,7 @@ def _ranks(rank, world, folder):
     held = sum(v.numel() for s in opt.state.values() for v in s.values())
     sent = [copy.deepcopy(state)]
     dist.broadcast_object_list(sent)
-    opt = make_optimizer(model, weight_decay=.1)
+    opt = make_optimizer(model, weight_decay=.1, dtype=torch.float32)
     opt.load_state_dict(sent[0])
     steps(range(3, 5))
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])

@@ -29,7 +29,7 @@ def test_the_command_of_the_guide(tmp_path):
     p = json.loads(out.splitlines()[-1])
     assert code == 0 and p["params"] == 560_988_160 and p["shards"] == 216 and p["tokens"] == 21_400 * 524_288
     assert (p["hours"], round(p["dollars"]), round(p["yuan"])) == (3.35, 67, 476)
-    assert (p["micro_batch"], p["accumulation"]) == (16, 2)
+    assert (p["micro_batch"], p["accumulation"]) == (32, 1)
     assert 30 < p["disk_gb"] < 40 and "assumed" in out and "MFU 0.41: an assumption" in out and "¥476" in out
 
 @pytest.mark.parametrize("flags, says", [
@@ -52,7 +52,7 @@ def test_the_command_it_proposes_can_be_typed():
     cfg = PlanSettings(vocab_size=65536, chars_per_token=4.8, ratio=10)
     line = next(x for x in sheet(cfg, make_plan(cfg)).splitlines() if x.startswith("run "))
     made = from_flags(PretrainSettings, line.split("nanochat_nb.pretrain ")[1].split())
-    assert (made.depth, made.n_gpu, made.device_batch, made.ratio) == (20, 8, 16, 10)
+    assert (made.depth, made.n_gpu, made.device_batch, made.ratio) == (20, 8, 32, 10)
 
 def test_a_chinese_tokenizer_needs_less_text():
     zh, en = (make_plan(PlanSettings(base_dir="", vocab_size=65536, chars_per_token=c)) for c in (1.5, 4.8))
