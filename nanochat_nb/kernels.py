@@ -39,7 +39,7 @@ class _LinearLoss(torch.autograd.Function):
             z = fp8_matmul(to_fp8(a, sx), w8, s * sx) if fp8 else a @ low.T   # (rows, V)
             valid, right = (t >= 0)[:, None], torch.arange(len(w), device=w.device) == t[:, None]
             at = cap * torch.tanh(z.gather(1, t.clamp(min=0)[:, None]).float() / cap) - cap
-            bent = torch.tanh(z.float() / cap) if x.dtype == torch.float32 else 2 * torch.sigmoid(z.float() * (2 / cap)) - 1
+            bent = torch.tanh(z.float() / cap) if x.itemsize > 2 else 2 * torch.sigmoid(z.float() * (2 / cap)) - 1
             z = cap * (bent - 1)                                              # less cap, as `at` and `lse`
             lse = z.exp().sum(-1, keepdim=True).log()
             total = total + ((lse - at) * valid).sum()
