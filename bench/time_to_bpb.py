@@ -21,9 +21,11 @@ RUNS = {  # name: who, depth, rows of a micro-batch, tokens a step (0: the refer
     "ref-d12": dict(who="reference", depth=12, rows=32, batch=0),
     "ref-tuned-d12": dict(who="reference", depth=12, rows=32, batch=131072, args=TUNED),
     "modern-d12": dict(OURS, depth=12, rows=32),
+    "classic-d12": dict(OURS, depth=12, rows=32, arch="classic"),
     "ref-d16": dict(who="reference", depth=16, rows=16, batch=0),
     "ref-tuned-d16": dict(who="reference", depth=16, rows=16, batch=131072, args=TUNED),
     "modern-d16": dict(OURS, depth=16, rows=16),
+    "classic-d16": dict(OURS, depth=16, rows=16, arch="classic"),
 }
 
 def prepare(folder: Path, shards):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARCHS', 'HF_NAMES', 'GPTConfig', 'config_from_depth', 'norm', 'rope_table', 'Linear', 'apply_linears', 'attention',
-           'Attention', 'MLP', 'Block', 'GPT', 'to_hf', 'from_hf', 'KVCache', 'count_params', 'flops_per_token',
-           'memory_bytes', 'ModelSettings', 'model_report', 'main']
+           'Attention', 'MLP', 'Block', 'GPT', 'to_hf', 'from_hf', 'KVCache', 'count_params', 'scaling_params',
+           'flops_per_token', 'memory_bytes', 'ModelSettings', 'model_report', 'main']
 
 # %% ../nbs/02_model.ipynb #a8e1cacb
 import json, math
@@ -213,13 +213,15 @@ def init_weights(self: GPT,
 
 # %% ../nbs/02_model.ipynb #9e57f580
 @patch
-def use_fp8(self: GPT, on: bool = True) -> GPT:
+def use_fp8(self: GPT) -> GPT:
     "Products with weights in eight bits while training (CUDA only); see chapter 02e for what that rounds."
-    width = math.sqrt(self.cfg.n_embd) * on        # no number after RMSNorm is larger
+    if odd := [f"{k}={v}" for k in ("seq_len", "vocab_size") if (v := getattr(self.cfg, k)) % 16]:
+        raise NanochatError(f"fp8 needs multiples of 16, not {' and '.join(odd)}; change that or leave fp8 off")
+    width = math.sqrt(self.cfg.n_embd)        # no number after RMSNorm is larger
     for m in self.modules():
         if isinstance(m, Attention): m.fp8 = width
-        if isinstance(m, MLP): m.fp8 = width, 1792.0 * on
-    self.fp8 = on
+        if isinstance(m, MLP): m.fp8 = width, 1792.0
+    self.fp8 = True
     return self
 
 # %% ../nbs/02_model.ipynb #82871aa6
@@ -384,6 +386,10 @@ def count_params(cfg: GPTConfig) -> dict:
     if cfg.residual_mix: n["mix"] = 2 * cfg.n_layer
     return n | dict(total=sum(n.values()))
 
+def scaling_params(cfg: GPTConfig) -> int:
+    "Parameters that the amount of data goes by: all but tables of values, of which a token reads one row each."
+    return count_params(cfg)["total"] - count_params(cfg).get("values", 0)
+
 # %% ../nbs/02_model.ipynb #56aac03c
 def flops_per_token(cfg: GPTConfig) -> int:
     "Training FLOPs a token, forward and backward (Chowdhery et al. 2022, appendix B)."
@@ -396,11 +402,12 @@ def memory_bytes(
     cfg: GPTConfig,
     batch: int = 32,         # rows of one micro-batch on one device
     compute_bytes: int = 2,  # of an activation: 2 for bfloat16, 4 for float32
+    n_gpu: int = 1,          # ranks, which share the optimiser's state
 ) -> dict:
     "Estimated bytes of training by part, and their total; 11·C + 3·K·D activations a token and layer are kept."
     n, C, kv = count_params(cfg), cfg.n_embd, cfg.n_kv_head * cfg.head_dim
-    tokens, tables = batch * cfg.seq_len, n["embedding"] + n["head"]
-    m = dict(weights=4 * n["total"], gradients=4 * n["total"], optimizer=4 * (n["total"] - tables) + 8 * tables,
+    tokens, tables = batch * cfg.seq_len, n["embedding"] + n["head"] + n.get("values", 0)
+    m = dict(weights=4 * n["total"], gradients=4 * n["total"], optimizer=4 * (n["total"] + tables) // n_gpu,
              activations=tokens * cfg.n_layer * (11 * C + 3 * kv) * compute_bytes,
              logits=min(tokens * cfg.vocab_size, 2**27) * 12)  # scores, their softmax and their gradient, float32
     return m | dict(total=sum(m.values()))
@@ -412,7 +419,7 @@ class ModelSettings:
     depth: int = 20                 # the one dial
     vocab_size: int = 65536         # tokens in the vocabulary
     seq_len: int = 2048             # longest context
-    arch: str = "classic"           # form of the model
+    arch: str = "modern"            # form of the model: modern, classic
     n_kv_head: int = 0              # key and value heads; 0: as many as query heads
     batch_rows: int = 32            # rows of a micro-batch, for the memory estimate
     tokens_per_param: float = 20.0  # tokens trained on, a parameter
@@ -424,7 +431,7 @@ def model_report(cfg: ModelSettings) -> dict:
         if getattr(cfg, name) <= 0: raise NanochatError(f"{name}={getattr(cfg, name)}: expected more than 0")
     c = config_from_depth(cfg.depth, cfg.vocab_size, cfg.seq_len, cfg.arch, cfg.n_kv_head)
     n, flops = count_params(c), flops_per_token(c)
-    tokens = round(cfg.tokens_per_param * n["total"])
+    tokens = round(cfg.tokens_per_param * scaling_params(c))
     return (dict(depth=cfg.depth) | asdict(c) | dict(head_dim=c.head_dim, params=n["total"], flops_per_token=flops)
             | dict(tokens=tokens, steps=max(1, tokens // cfg.batch_tokens), train_flops=flops * tokens)
             | {f"params_{k}": v for k, v in n.items() if k != "total"}

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from .settings import NanochatError
-from .model import config_from_depth, count_params, flops_per_token
+from .model import config_from_depth, flops_per_token, scaling_params
 
 # %% ../nbs/02a_optim.ipynb #4bc5df39
 QUINTIC = ((3.4445, -4.7750, 2.0315),) * 5 # one polynomial five times, as the first Muon had it (Jordan et al., 2024)
@@ -295,7 +295,7 @@ def make_optimizer(
     scalar_lr: float = 0.02,          # AdamW: the residual mix
     weight_decay: float = 0.0,        # Muon only
     muon_beta2: float = 0.0,          # of Muon's neuron-wise mean square; 0: off
-    lr_scale: float = 1.0,            # multiplies all rates (`plan(...).lr_scale`)
+    lr_scale: float = 1.0,            # multiplies all rates at once
     width_scale: float | None = None, # multiplies AdamW's rates; default (n_embd / 768)^-0.5
     betas: tuple = (0.8, 0.95),       # of AdamW
     **kwargs,                         # coefficients, dtype, compile of `MuonAdamW`
@@ -367,7 +367,7 @@ class Plan:
     "Every size of a run."
     depth: int          # the dial
     n_embd: int         # width, 64 · depth
-    params: int         # parameters of the model
+    params: int         # parameters of the model, tables of values apart
     seq_len: int        # tokens a row
     n_gpu: int          # ranks
     device_batch: int   # rows of one micro-batch on one GPU
@@ -376,8 +376,6 @@ class Plan:
     steps: int          # optimiser steps
     tokens: int         # steps · batch_tokens
     flops: int          # of the whole run, forward and backward
-    lr_scale: float     # for `make_optimizer`
-    weight_decay: float # for `make_optimizer`
     notes: list[str] = field(default_factory=list) # what was rounded, and to what
 
 # %% ../nbs/02a_optim.ipynb #e623b76f
@@ -392,16 +390,13 @@ def plan(
     n_gpu: int = 1,            # ranks
     device_batch: int = 32,    # most rows one GPU takes at once
     num_iterations: int = 0,   # steps; 0 or less: from `ratio`
-    weight_decay: float = 0.0, # at depth 12
-    scale_lr_with_batch: bool = False, # rates ∝ √(batch / 524288)
 ) -> Plan:
     "Every size of a run from its depth; what does not fit is rounded and said in `notes`."
     for name, v in dict(ratio=ratio, batch_tokens=batch_tokens, n_gpu=n_gpu, device_batch=device_batch).items():
         if v <= 0: raise NanochatError(f"{name}={v}: expected a number above 0")
     cfg = config_from_depth(depth, vocab_size, seq_len, arch)
     micro, accum, batch, notes = round_batch(batch_tokens, seq_len, n_gpu, device_batch)
-    params = count_params(cfg)["total"]
+    params = scaling_params(cfg)
     steps = num_iterations if num_iterations > 0 else max(1, int(ratio * params / batch))
     return Plan(depth, cfg.n_embd, params, seq_len, n_gpu, micro, accum, batch, steps, steps * batch,
-                steps * batch * flops_per_token(cfg), math.sqrt(batch / 524288) if scale_lr_with_batch else 1.0,
-                weight_decay * (12 / depth) ** 2, notes)
+                steps * batch * flops_per_token(cfg), notes)

@@ -14,7 +14,7 @@ from itertools import islice
 from .settings import NanochatError, base_folder, did_you_mean, read_json, run_main
 from .data import DataSettings, iter_texts, read_manifest, source_folder
 from .tokenizer import Tokenizer
-from .model import GPTConfig, config_from_depth, count_params, memory_bytes
+from .model import GPTConfig, config_from_depth, count_params, memory_bytes, scaling_params
 from .optim import plan as sizes_of
 
 # %% ../nbs/02d_plan.ipynb #383e98b7
@@ -31,19 +31,20 @@ def measured_chars(base_dir: str = "", source: str = "") -> dict: # characters a
     return {k: c / t for k, (c, t) in n.items()}
 
 # %% ../nbs/02d_plan.ipynb #4fd97980
-HEADROOM = 1.4  # measured peak over the formula 1.20 (d12, 32 rows, H100), and room for fragments and bfloat16
+HEADROOM = 1.4  # measured peak over the formula 1.17 (d12, 32 rows, H100), and room for fragments and bfloat16
 
-def micro_batch(cfg: GPTConfig, gb: float, most: int = 64) -> int: # a power of two; 0 where not even one row fits
+def micro_batch(cfg: GPTConfig, gb: float, most: int = 64, n_gpu: int = 1) -> int: # a power of two; 0: none fits
     "Most rows of one forward and backward pass that fit a card of `gb` GiB."
     rows = [2**i for i in range(most.bit_length())]
-    return max([r for r in rows if HEADROOM * memory_bytes(cfg, r)["total"] <= gb * 2**30], default=0)
+    return max([r for r in rows if HEADROOM * memory_bytes(cfg, r, n_gpu=n_gpu)["total"] <= gb * 2**30], default=0)
 
 # %% ../nbs/02d_plan.ipynb #6d3f1cb3
 DEPTHS, CARDS = (4, 8, 12, 16, 20, 26, 32), (8, 16, 24, 80)  # of the tables; cards in GiB
 
-def tier_table(vocab_size: int = 65536, seq_len: int = 2048) -> list[list]:
-    "Of each depth its name, and the rows of a micro-batch on each of CARDS; 0: none fits."
-    return [[f"d{d}", *(micro_batch(config_from_depth(d, vocab_size, seq_len), gb) for gb in CARDS)] for d in DEPTHS]
+def tier_table(vocab_size: int = 65536, seq_len: int = 2048, arch: str = "modern") -> list[list]:
+    "Of each depth its name, and the rows of a micro-batch on each of CARDS, one of them; 0: none fits."
+    sizes = lambda depth: config_from_depth(depth, vocab_size, seq_len, arch)
+    return [[f"d{d}", *(micro_batch(sizes(d), gb) for gb in CARDS)] for d in DEPTHS]
 
 def table(rows, *heads) -> str:
     "Rows as aligned text, numbers to the right."
@@ -90,6 +91,7 @@ def worth(wanted: float, unique: float) -> float:
 class PlanSettings:
     "What is to be trained, on what, at which price; nothing is started."
     depth: int = 20              # the one dial
+    arch: str = "modern"         # form of the model: modern, classic
     gpu: str = "h100"            # h200, h100, a100, h20, l40s, 4090, 3090, 4080, 4060
     n_gpu: int = 8               # how many
     vocab_size: int = 0          # tokens; 0: those of the tokenizer in place, else 65,536
@@ -110,15 +112,15 @@ class PlanSettings:
 # %% ../nbs/02d_plan.ipynb #5ffc9d30
 def advice(cfg: PlanSettings, p: dict, model: GPTConfig, gb: float) -> list[str]:
     "What a reader of the plan should know or change."
-    sizes, said = {d: config_from_depth(d, model.vocab_size, cfg.seq_len) for d in range(1, cfg.depth)}, []
+    sizes, said = {d: config_from_depth(d, model.vocab_size, cfg.seq_len, cfg.arch) for d in range(1, cfg.depth)}, []
     if not p["micro_batch"]:
-        ways = [f"--depth {d} or " for d, c in sizes.items() if micro_batch(c, gb)][-1:] or [""]
+        ways = [f"--depth {d} or " for d, c in sizes.items() if micro_batch(c, gb, n_gpu=cfg.n_gpu)][-1:] or [""]
         said.append(f"not even one row of {cfg.seq_len} tokens fits {gb:g} GB; take {ways[0]}a larger card")
     half = expected_loss(p["params"], p["tokens"] / 2) - expected_loss(p["params"], p["tokens"])
     said.append(f"--ratio {cfg.ratio / 2:g} halves tokens, shards, hours and cost; loss about {half:+.2f} nats a token")
     if p["epochs"] > 1:
         part = p["params"] / p["epochs"]                                     # a model of this size reads the text once
-        enough = [f"d{d}" for d, c in sizes.items() if count_params(c)["total"] <= part][-1:] or ["no depth"]
+        enough = [f"d{d}" for d, c in sizes.items() if scaling_params(c) <= part][-1:] or ["no depth"]
         said.append(f"the text is read {p['epochs']:.1f} times, worth {worth(p['epochs'], 1):.1f} times as much "
                     f"new text; read once it is enough for {enough[0]}")
     return said
@@ -148,18 +150,19 @@ def make_plan(cfg: PlanSettings) -> dict: # JSON-able; `advice` is a list of sen
     for k in ("n_gpu", "ratio", "mfu", "yuan"):
         if getattr(cfg, k) <= 0: raise NanochatError(f"{k}={getattr(cfg, k)}: expected more than 0")
     (gb, tflops, price), text = card(cfg), text_of(cfg)
-    model = config_from_depth(cfg.depth, text["vocab_size"], cfg.seq_len)
-    micro = micro_batch(model, gb)
-    run = sizes_of(cfg.depth, model.vocab_size, cfg.seq_len, ratio=cfg.ratio, batch_tokens=cfg.batch_tokens,
-                   n_gpu=cfg.n_gpu, device_batch=micro or 1)
+    model = config_from_depth(cfg.depth, text["vocab_size"], cfg.seq_len, cfg.arch)
+    micro = micro_batch(model, gb, n_gpu=cfg.n_gpu)
+    run = sizes_of(cfg.depth, model.vocab_size, cfg.seq_len, arch=cfg.arch, ratio=cfg.ratio,
+                   batch_tokens=cfg.batch_tokens, n_gpu=cfg.n_gpu, device_batch=micro or 1)
     chars = run.tokens * text["chars_per_token"]
     on_disk = min(chars, text["there"] or chars)
     h = hours(run.flops, cfg.n_gpu, tflops, cfg.mfu)
     disk = disk_plan(model, on_disk * text["bytes_per_char"], run.tokens if cfg.cache else 0)
     p = text | {k: getattr(run, k) for k in ("depth", "params", "tokens", "steps", "batch_tokens")}
-    p |= dict(chars=round(chars), shards=math.ceil(on_disk / CHARS_PER_SHARD), epochs=chars / on_disk, gpu=cfg.gpu,
-              n_gpu=cfg.n_gpu, micro_batch=micro and run.device_batch, accumulation=run.accumulation, hours=round(h, 2),
-              memory_gb=round(HEADROOM * memory_bytes(model, run.device_batch)["total"] / 2**30, 1),
+    p |= dict(tables=count_params(model)["total"] - run.params, chars=round(chars), epochs=chars / on_disk, gpu=cfg.gpu,
+              shards=math.ceil(on_disk / CHARS_PER_SHARD), n_gpu=cfg.n_gpu, micro_batch=micro and run.device_batch,
+              accumulation=run.accumulation, hours=round(h, 2),
+              memory_gb=round(HEADROOM * memory_bytes(model, run.device_batch, n_gpu=cfg.n_gpu)["total"] / 2**30, 1),
               dollars=round(h * cfg.n_gpu * price, 2), yuan=round(h * cfg.n_gpu * price * cfg.yuan, 2),
               disk={k: round(v) for k, v in disk.items()}, disk_gb=round(sum(disk.values()) / 1e9, 2))
     return p | dict(advice=advice(cfg, p, model, gb))
@@ -168,7 +171,8 @@ def make_plan(cfg: PlanSettings) -> dict: # JSON-able; `advice` is a list of sen
 def sheet(cfg: PlanSettings, p: dict) -> str:
     "The plan as text."
     known = ", ".join(f"{k} {v:.2f}" for k, v in p["measured"].items()) or "assumed: no tokenizer and text in place"
-    rows = [("model", f"d{p['depth']}, vocabulary {p['vocab_size']:,}: {p['params']:,} parameters"),
+    more = f" and {p['tables']:,} in tables of values" * (p["tables"] > 0)
+    rows = [("model", f"d{p['depth']}, vocabulary {p['vocab_size']:,}: {p['params']:,} parameters{more}"),
             ("tokens", f"{p['tokens']:,} in {p['steps']:,} steps of {p['batch_tokens']:,}"),
             ("text", f"{p['chars']:,} characters, {p['chars_per_token']:.2f} a token"
                      f" ({'given' if cfg.chars_per_token else known})"),
@@ -178,11 +182,11 @@ def sheet(cfg: PlanSettings, p: dict) -> str:
             ("time", f"{p['hours']:,.2f} h at MFU {cfg.mfu:g}: an assumption (measured: {MFU}, d12, one h100)"),
             ("cost", f"${p['dollars']:,.0f} / ¥{p['yuan']:,.0f} at ${card(cfg)[2]:g} a GPU-hour (yours: --price)")]
     run = f"--depth {p['depth']} --n_gpu {p['n_gpu']} --device_batch {p['micro_batch']} --ratio {cfg.ratio:g}"
-    if p["micro_batch"]: rows.append(("run", f"python -m nanochat_nb.pretrain {run}"))
+    if p["micro_batch"]: rows.append(("run", f"python -m nanochat_nb.pretrain --arch {cfg.arch} {run}"))
     rows += [("disk", f"{p['disk_gb']:g} GB"), *((f"  {k}", f"{v / 1e9:.2f} GB") for k, v in p["disk"].items() if v)]
     return "\n".join([*(f"{k:19} {v}" for k, v in rows), *(f"note: {x}" for x in p["advice"]), "",
                       f"rows of a micro-batch by card, seq_len {cfg.seq_len}",
-                      table(tier_table(p["vocab_size"], cfg.seq_len), "", *(f"{g} GB" for g in CARDS))])
+                      table(tier_table(p["vocab_size"], cfg.seq_len, cfg.arch), "", *(f"{g} GB" for g in CARDS))])
 
 def main(cfg: PlanSettings) -> None:
     "Print the plan; the last line is one JSON object."

@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'LARGE', 'RunSettings', 'TrainSettings', 'PretrainSettings', 'fill', 'Trainer', 'evaluator', 'sampler',
-           'open_tokenizer', 'artefacts', 'token_cache', 'train', 'metrics_path', 'launch_training', 'last_values',
-           'main']
+           'open_tokenizer', 'in_turn', 'artefacts', 'train', 'metrics_path', 'launch_training', 'last_values', 'main']
 
 # %% ../nbs/03_pretrain.ipynb #138cf68e
 import collections, json, math, os, shutil, statistics, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-import torch
+import torch, torch._functorch.config
 from fastcore.basics import patch
 from .settings import (NanochatError, atomic_path, base_folder, from_notebook, read_json, run_main,
                                   write_json, write_yaml)
@@ -74,10 +73,10 @@ class TrainSettings(RunSettings):
 @dataclass
 class PretrainSettings(TrainSettings):
     "Settings of pretraining; a zero or empty value is filled in from `depth` (see `fill`)."
-    arch: str = "classic"        # form of the model
+    arch: str = "modern"         # form of the model: modern, classic
     vocab_size: int = 0          # tokens; 0: those of the tokenizer in place, else 65,536 from depth 8 on, 1,024 below
     seq_len: int = 0             # context; 0: 2,048 from depth 8 on, else 256
-    ratio: float = 0.0           # training tokens a parameter; 0: 20 from depth 8 on, else 0.55
+    ratio: float = 0.0           # training tokens a parameter, tables of values apart; 0: 20 from depth 8 on, else 0.55
     workers: int = 0             # processes that tokenise, for each rank; 0: a thread of the rank does
     token_cache: bool = False    # tokenise the corpus once, into tokenized_data in the base folder, and read it there
 
@@ -120,7 +119,7 @@ class Trainer:
         self.start, self.seconds, self.last = 0, 0.0, {}             # steps and seconds done before; latest values
         self.short = rt.device.type == "cpu" and self.n_steps < 300  # too short to compile: run it exactly instead
         if self.short and not cfg.dtype: rt.dtype = torch.float32
-        if rt.device.type == "cuda": self.model.loss_chunk = 2**29  # scores held at once: 2 GiB
+        if rt.device.type == "cuda": self.model.loss_chunk = 2**29 if cfg.activation_budget == 1 else 2**28  # scores
         self.loader, self.saver, self.fits = Prefetch(self.loader, rt.device), Saver(), False  # see `fit_rows`
         names = ("matrix_lr", "embedding_lr", "unembedding_lr", "weight_decay", "muon_beta2", "lr_scale")
         self.opt = make_optimizer(self.model, dtype=rt.dtype, **{k: getattr(cfg, k) for k in names})
@@ -296,7 +295,9 @@ def fast_model(self: Trainer): # what `train_step` runs
     compiled = self.cfg.compile and pays and can_compile(kind)
     if self.cfg.fp8 and fp8_works(self.rt.device): self.model.use_fp8()
     if not compiled: return self.model
-    torch._functorch.config.activation_memory_budget = self.cfg.activation_budget
+    c, own = torch._functorch.config, "autograd_cache_allow_custom_autograd_functions"  # ours are cached as well
+    c.activation_memory_budget = self.cfg.activation_budget
+    if hasattr(c, own): setattr(c, own, True)
     return torch.compile(self.model, dynamic=False)
 
 # %% ../nbs/03_pretrain.ipynb #966be366
@@ -342,27 +343,17 @@ def open_tokenizer(
     return tok
 
 # %% ../nbs/03_pretrain.ipynb #718fe6cb
-def artefacts(
-    rt,                    # Runtime
-    source: str,           # training text
-    base: str,             # base folder
-    vocab_size: int = 0,   # tokens; 0: those of the tokenizer in place
-    otherwise: int = 1024, # tokens of a new tokenizer if vocab_size is 0
-) -> tuple[Path, Tokenizer]: # folder of shards, tokenizer
-    "Data and tokenizer, made if absent: by the main rank, then by one rank of every machine that has another disk."
+def in_turn(rt, make):
+    "What `make()` gives; called by the main rank, then by one rank of every machine with a disk of its own, then by all."
     made = None
     for turn in (rt.is_main, rt.local_rank == 0, True):
-        if turn and not made: made = find_data(source, base), open_tokenizer(source, base, vocab_size, otherwise)
+        if turn and made is None: made = make()
         barrier()
     return made
 
-# %% ../nbs/03_pretrain.ipynb #8dd9bef5
-def token_cache(rt, data: Path, tok, base: str) -> Path: # see `prepare_cache`
-    "The token cache, made if absent: by the main rank, then by one rank of every machine that has another disk."
-    for turn in (rt.is_main, rt.local_rank == 0, True):
-        if turn: made = prepare_cache(data, tok, base)
-        barrier()
-    return made
+def artefacts(rt, source: str, base: str, vocab_size: int = 0, otherwise: int = 1024) -> tuple[Path, Tokenizer]:
+    "Folder of shards, and tokenizer as of `open_tokenizer`; made if absent."
+    return in_turn(rt, lambda: (find_data(source, base), open_tokenizer(source, base, vocab_size, otherwise)))
 
 # %% ../nbs/03_pretrain.ipynb #3e84a658
 def train(cfg: PretrainSettings) -> dict: # the last values of everything measured
@@ -377,7 +368,7 @@ def train(cfg: PretrainSettings) -> dict: # the last values of everything measur
     model.init_weights(cfg.seed)
     loader = TextLoader(data, tok, split="train", seq_len=T, batch_rows=p.batch_tokens // T, seed=cfg.seed,
                         rank=rt.rank, world_size=rt.world_size, workers=cfg.workers,
-                        cache=cfg.token_cache and token_cache(rt, data, tok, cfg.base_dir))
+                        cache=cfg.token_cache and in_turn(rt, lambda: prepare_cache(data, tok, cfg.base_dir)))
     base = base_folder(cfg.base_dir)
     look = evaluator(cfg, rt, tok, model, data), sampler(rt, tok, model, data)
     out = Trainer(cfg, rt, tok, model, loader, base / "base_checkpoints" / cfg.tag, p.steps, p.device_batch,
