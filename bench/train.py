@@ -19,7 +19,7 @@ RUNS = {  # name: who, depth, vocabulary, rows of a micro-batch, and what else d
     "modern-tune-d12": dict(who="ours", depth=12, vocab=32768, rows=32, arch="modern", env={"TORCHINDUCTOR_COORDINATE_DESCENT_TUNING": "1"}),
     "ref-64rows-d12": dict(who="reference", depth=12, vocab=32768, rows=64, pattern="L"),
     "modern-fp8-64rows-d12": dict(who="ours", depth=12, vocab=32768, rows=64, arch="modern", fp8=True),
-    "modern-fp8-lean-d12": dict(who="ours", depth=12, vocab=32768, rows=32, arch="modern", fp8=True, budget=0.9),
+    "modern-fp8-lean-d12": dict(who="ours", depth=12, vocab=32768, rows=32, arch="modern", fp8=True, budget=0.3),
     "classic-d20": dict(who="ours", depth=20, vocab=32768, rows=16, arch="classic"),
     "modern-d20": dict(who="ours", depth=20, vocab=32768, rows=16, arch="modern"),
     "modern-fp8-d20": dict(who="ours", depth=20, vocab=32768, rows=16, arch="modern", fp8=True),

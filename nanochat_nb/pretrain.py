@@ -344,7 +344,7 @@ def open_tokenizer(
 
 # %% ../nbs/03_pretrain.ipynb #718fe6cb
 def in_turn(rt, make):
-    "What `make()` gives; called by the main rank, then by one rank of every machine with a disk of its own, then by all."
+    "What `make()` gives; called by the main rank, then by one rank of every machine with its own disk, then by all."
     made = None
     for turn in (rt.is_main, rt.local_rank == 0, True):
         if turn and made is None: made = make()

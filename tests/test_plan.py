@@ -25,12 +25,19 @@ def base(tmp_path_factory):
     return str(d)
 
 def test_the_command_of_the_guide(tmp_path):
-    code, out, _ = command(tmp_path, "--depth", "20", "--gpu", "h100", "--n_gpu", "8")
+    code, out, _ = command(tmp_path, "--depth", "20", "--gpu", "h100", "--n_gpu", "8", "--arch", "classic")
     p = json.loads(out.splitlines()[-1])
-    assert code == 0 and p["params"] == 560_988_160 and p["shards"] == 216 and p["tokens"] == 21_400 * 524_288
+    assert code == 0 and p["params"] == 560_988_160 and p["tables"] == 0 and p["shards"] == 216 and p["tokens"] == 21_400 * 524_288
     assert (p["hours"], round(p["dollars"]), round(p["yuan"])) == (3.35, 67, 476)
     assert (p["micro_batch"], p["accumulation"]) == (32, 1)
     assert 30 < p["disk_gb"] < 40 and "assumed" in out and "MFU 0.41: an assumption" in out and "¥476" in out
+
+def test_the_default_form_reads_as_much_and_its_tables_are_counted_apart(tmp_path):
+    code, out, _ = command(tmp_path, "--depth", "20", "--gpu", "h100", "--n_gpu", "8")
+    p = json.loads(out.splitlines()[-1])
+    assert code == 0 and p["tokens"] == 21_400 * 524_288 and p["tables"] == 10 * 65536 * 1280
+    assert p["params"] + p["tables"] == count_params(config_from_depth(20, arch="modern"))["total"]
+    assert p["memory_gb"] <= 80 and p["hours"] < 3.35 and f"{p['tables']:,} in tables of values" in out
 
 @pytest.mark.parametrize("flags, says", [
     (["--gpu", "h10"], "did you mean 'h100'"), (["--dept", "20"], "did you mean 'depth'"), (["--depth", "0"], "depth=0"),
@@ -75,7 +82,7 @@ def test_half_the_ratio_halves_everything():
 
 def test_hours_times_speed_are_the_tokens_of_the_measured_run():
     "At the MFU that the table assumes, d12 makes the tokens a second that the log measured."
-    p = make_plan(PlanSettings(depth=12, n_gpu=1, vocab_size=65536))
+    p = make_plan(PlanSettings(depth=12, arch="classic", n_gpu=1, vocab_size=65536))
     assert p["tokens"] / (p["hours"] * 3600) == pytest.approx(389_073, rel=0.01)
 
 def test_four_epochs_are_nearly_as_good_as_new_text_and_forty_are_not():
