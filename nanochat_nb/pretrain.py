@@ -73,6 +73,7 @@ class TrainSettings(RunSettings):
 @dataclass
 class PretrainSettings(TrainSettings):
     "Settings of pretraining; a zero or empty value is filled in from `depth` (see `fill`)."
+    muon_beta2: float = 0.9      # of the running size of each neuron's update; 0: all neurons alike
     arch: str = "modern"         # form of the model: modern, classic
     vocab_size: int = 0          # tokens; 0: those of the tokenizer in place, else 65,536 from depth 8 on, 1,024 below
     seq_len: int = 0             # context; 0: 2,048 from depth 8 on, else 256
