@@ -498,16 +498,36 @@ def _tables(merges, first, pairs, two):
     for x in range(256):
         for y in range(256): two[x << 8 | y] = _rank(first[x], first[y], pairs)
 
+# %% ../nbs/01c_fastbpe.ipynb #7d20be43
+_CJK = range(0x3000, 0xA000)   # code points of three bytes that begin with E3 … E9
+
+@bare
+def _characters(b, i, j, first, chars, sym):
+    "Symbols of the piece b[i:j], one a character where that is exact; how many, 0 where it is not."
+    n, left = 0, np.int64(0)
+    while i < j:
+        if b[i] < 0xE3 or b[i] > 0xE9: return 0
+        x = chars[_char(b, i)[0] - 0x3000]
+        if left & x >> 20 & 0xFFFFF: return 0              # a merge may reach across here
+        left, x = x >> 40, x & 0xFFFFF
+        for t in range(1 if x else 3): sym[n + t] = x - 1 if x else first[b[i + t]]
+        n += 1 if x else 3
+        i += 3
+    return n
+
 # %% ../nbs/01c_fastbpe.ipynb #9bfdbaa9
 @bare
-def _merge(b, i, j, first, two, pairs, made, sym, rank):
+def _merge(b, i, j, first, two, pairs, made, chars, sym, rank):
     "Ids of the piece b[i:j] into `sym`; how many."
-    n, best = j - i, np.int64(_NONE)
-    for t in range(n): sym[t] = first[b[i + t]]
-    for t in range(n - 1):
-        rank[t] = two[np.int64(b[i + t]) << 8 | b[i + t + 1]]
-        best = min(best, rank[t])
+    n, best = _characters(b, i, j, first, chars, sym) if b[i] >= 0xE3 else 0, np.int64(_NONE)
+    if n:
+        for t in range(n - 1): rank[t] = _rank(sym[t], sym[t + 1], pairs)
+    else:
+        n = j - i
+        for t in range(n): sym[t] = first[b[i + t]]
+        for t in range(n - 1): rank[t] = two[np.int64(b[i + t]) << 8 | b[i + t + 1]]
     rank[n - 1] = _NONE
+    for t in range(n): best = min(best, rank[t])
     while best < _NONE:
         m, t, low, fresh = 0, 0, np.int64(_NONE), False
         while t < n:
@@ -523,13 +543,37 @@ def _merge(b, i, j, first, two, pairs, made, sym, rank):
         rank[n - 1] = _NONE
     return n
 
+# %% ../nbs/01c_fastbpe.ipynb #91c4d3f8
+@bare
+def _alone(b, first, two, pairs, made, once, chars, sym, rank):
+    "Enter the characters b[0:3], b[3:6], … that become one token, made by one merge."
+    for k in range(len(chars)):
+        n = _merge(b, 3 * k, 3 * k + 3, first, two, pairs, made, chars, sym, rank)
+        if n == 1 and once[sym[0]]: chars[k] = sym[0] + 1
+
+def _chars(first, merges, two, pairs, made) -> np.ndarray: # (len(_CJK),) int64
+    "What `_characters` looks up."
+    chars, once, (b, _) = np.zeros(len(_CJK), np.int64), np.bincount(merges[:, 2], minlength=256) == 1, joined_texts(map(chr, _CJK))
+    names, parts = {int(x): bytes([k]) for k, x in enumerate(first)}, re.compile(rb"[^\x80-\xbf]?[\x80-\xbf]*")
+    for x, y, z in zip(*merges.T.tolist()):
+        if x not in names or y not in names: return chars  # used before it is made: from bytes, always
+        names.setdefault(z, names[x] + names[y])
+    _alone(b, first, two, pairs, made, once, chars, *np.empty((2, 3), np.int64))
+    cut = [parts.findall(s) for s in names.values() if "\ufffd" in s.decode("utf-8", "replace")]
+    across = {(x, y) for c in cut for x, y in zip(c, c[1:-1]) if len(x) < 4 > len(y) and x[-1] > 0x7F and 0xE3 <= y[0] <= 0xE9}
+    b = b[:3 * len(chars)].reshape(-1, 3)
+    for k, (x, y) in enumerate(sorted(across)):
+        ends, begins = (b[:, 3 - len(x):] == list(x)).all(1), (b[:, :len(y)] == list(y)).all(1)
+        chars |= ends * (1 << 40 + k % 20) | begins * (1 << 20 + k % 20)
+    return chars
+
 # %% ../nbs/01c_fastbpe.ipynb #c91ebb49
+_KEEP3 = np.array([[256 ** min(max(n - k, 0), 8) - 1 for n in range(24)] for k in (0, 8, 16)], np.uint64)
+
 @inline
 def _key(w, i, n):
     "Three words that are a piece of n < 24 bytes, and a hash of them."
-    x, y, z = w[i] & _KEEP[min(n, 8)], _U(0), _U(n) << _TOP
-    if n > 8: y = w[i + 8] & _KEEP[min(n - 8, 8)]
-    if n > 16: z |= w[i + 16] & _KEEP[n - 16]
+    x, y, z = w[i] & _KEEP3[0, n], w[i + 8] & _KEEP3[1, n], w[i + 16] & _KEEP3[2, n] | _U(n) << _TOP
     return x, y, z, (x * _U(0x3C6EF372FE94F82B) ^ (y + z) * _U(0x9E3779B97F4A7C15)) * _U(0x2545F4914F6CDD1D) >> _U(36)
 
 @inline
@@ -547,7 +591,7 @@ def _keep_ids(cache, held, s, x, y, z, m, sym):
 
 # %% ../nbs/01c_fastbpe.ipynb #b5965f22
 @bare
-def _encode(b, w, ends, cls, han, digits, first, two, pairs, made, cache, held, sym, rank, bos, out, stops):
+def _encode(b, w, ends, cls, han, digits, first, two, pairs, made, chars, cache, held, sym, rank, bos, out, stops):
     "Ids of documents into `out`, where each ends into `stops`; how many ids."
     i, o, mask = 0, 0, len(cache) - 1
     for d in range(len(ends)):
@@ -559,11 +603,11 @@ def _encode(b, w, ends, cls, han, digits, first, two, pairs, made, cache, held, 
             s = _look(cache, np.int64(h) & mask, x, y, z) if short else np.int64(-1)
             if s >= 0:
                 m = np.int64(held[s, 6])
-                out[o], out[o + 1] = held[s, 7], held[s, 8]
-                if m > 2:
-                    for t in range(2, 9): out[o + t] = held[s, 7 + t]
+                for t in range(4): out[o + t] = held[s, 7 + t]
+                if m > 4:
+                    for t in range(4, 9): out[o + t] = held[s, 7 + t]
             else:
-                m = _merge(b, i, j, first, two, pairs, made, sym, rank)
+                m = _merge(b, i, j, first, two, pairs, made, chars, sym, rank)
                 for t in range(m): out[o + t] = sym[t]
                 if short and m < 10: _keep_ids(cache, held, np.int64(h) & mask ^ o & 1, x, y, z, m, sym)
             i, o = j, o + m
@@ -577,13 +621,14 @@ class Encoder:
         first,                         # (256,) id of each byte
         merges,                        # (n, 3): a, b, id of a + b, in the order of their ranks; ids below 2^19
         han: int = 4, digits: int = 1, # see `split_pattern`
-        bits: int = 18,                # of the number of slots in a cache, 64 bytes each
+        bits: int = 16,                # of the number of slots in a cache, 64 bytes each
     ):
         merges, first = np.asarray(merges, np.int64).reshape(-1, 3), np.asarray(first, np.int64)
         self.limits, self.bits, self.caches = (han, digits), bits, []
         two, pairs = np.zeros(65536, np.int64), np.zeros(1 << (3 * len(merges)).bit_length(), np.int64)
         _tables(merges, first, pairs, two)
-        self.tables = first, two, pairs, np.append(0, merges[:, 2])
+        tables = first, two, pairs, np.append(0, merges[:, 2])
+        self.tables = *tables, _chars(first, merges, *tables[1:])
 
 # %% ../nbs/01c_fastbpe.ipynb #5d63abc2
 @patch

@@ -186,7 +186,7 @@ def _compiled(spec: str):
     same &= all(blank["model"][k] == v for k, v in model.items()) and ids.keys() >= CHAR_BYTE.keys()
     if not same or len(ids) >= 1 << 19 or not (fast := _fast(pattern)): return None
     first = [ids[c] for c, _ in sorted(CHAR_BYTE.items(), key=lambda x: x[1])]
-    return fast.Encoder(first, [(ids[a], ids[b], ids[a + b]) for a, b in merges], *fast.limits_of(pattern))
+    return fast.Encoder(first, [ids[x] for a, b in merges for x in (a, b, a + b)], *fast.limits_of(pattern))
 
 # %% ../nbs/01_tokenizer.ipynb #38324853
 @patch
