@@ -170,6 +170,7 @@ class _Fp8Linear(torch.autograd.Function):
         dw = fp8_matmul(g8.T.contiguous(), x8.T.contiguous(), torch.full_like(s, ctx.sx), torch.float32)
         return fp8_matmul(g8, w8.T.contiguous(), s), dw, None
 
+# %% ../nbs/02e_kernels.ipynb #2c6f03be
 def fp8_linear(
     x: Tensor,     # (N, C) bfloat16; C and M multiples of 16
     w: Tensor,     # (M, C)
