@@ -73,8 +73,8 @@ def settle(x: Tensor) -> Tensor:
 # %% ../nbs/02e_kernels.ipynb #f44c5d40
 class _RotaryQKV(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, cos, sin, n_head, settled):
-        n_kv, half, out, ctx.settled = (x.size(2) - n_head) // 2, x.size(3) // 2, [], settled
+    def forward(ctx, x, cos, sin, n_head, fp8):
+        n_kv, half, out, ctx.fp8 = (x.size(2) - n_head) // 2, x.size(3) // 2, [], fp8
         q, k, v = x.split((n_head, n_kv, n_kv), 2)
         for t in (q.float(), k.float()):
             r = torch.rsqrt(t.square().mean(-1, keepdim=True) + 1e-6)
@@ -89,7 +89,7 @@ class _RotaryQKV(torch.autograd.Function):
             g = g.float()
             t = g - y * (g * y).mean(-1, keepdim=True)
             t = (r * (t * cos - t.roll(t.size(-1) // 2, -1) * sin)).to(y.dtype)
-            return settle(t) if ctx.settled else t
+            return settle(t) if ctx.fp8 else t
         return torch.cat((back(gq, q, rq), back(gk, k, rk), gv), 2), None, None, None, None
 
 # %% ../nbs/02e_kernels.ipynb #e65914e9
@@ -98,10 +98,10 @@ def rotary_qkv(
     cos: Tensor,   # (…, T, 1, D) float32, tables of `rope_table`
     sin: Tensor,
     n_head: int,   # H
-    settled: bool = False,  # write gradients of q and k to memory: where eight-bit products read them, twice
+    fp8: bool = False,  # x comes from a product in eight bits, which reads its gradient twice: write q's and k's down
 ) -> tuple[Tensor, Tensor, Tensor]:  # (B, T, H, D), (B, T, K, D), (B, T, K, D)
     "Queries and keys rotated by position and brought to length √D; values as they are."
-    return _RotaryQKV.apply(x, cos, sin, n_head, settled)
+    return _RotaryQKV.apply(x, cos, sin, n_head, fp8)
 
 # %% ../nbs/02e_kernels.ipynb #06925950
 def causal_attention(
@@ -155,28 +155,31 @@ def fp8_matmul(
 # %% ../nbs/02e_kernels.ipynb #9ac6461a
 class _Fp8Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w, bound, settled):
+    def forward(ctx, x, w, bound):
         (w8, s), sx = weights_fp8(w), E4M3 / bound
         x8 = to_fp8(x, sx)
         ctx.save_for_backward(x8, w8, s)
-        ctx.sx, ctx.settled = sx, settled
+        ctx.sx = sx
         return fp8_matmul(x8, w8, s * sx)
 
     @staticmethod
     def backward(ctx, g):
         x8, w8, s = ctx.saved_tensors
-        g8 = (settle if ctx.settled else Tensor.contiguous)(g.clamp(-E5M2, E5M2).to(torch.float8_e5m2))
+        g8 = g.clamp(-E5M2, E5M2).to(torch.float8_e5m2)
+        g8 = settle(g8) if g8.size(1) < x8.size(1) else g8.contiguous()  # the narrow one is cheap to write down
         dw = fp8_matmul(g8.T.contiguous(), x8.T.contiguous(), torch.full_like(s, ctx.sx), torch.float32)
-        return fp8_matmul(g8, w8.T.contiguous(), s), dw, None, None
+        return fp8_matmul(g8, w8.T.contiguous(), s), dw, None
 
+# %% ../nbs/02e_kernels.ipynb #2c6f03be
 def fp8_linear(
-    x: Tensor,     # (N, C) bfloat16; N, C and M multiples of 16
+    x: Tensor,     # (N, C) bfloat16; C and M multiples of 16
     w: Tensor,     # (M, C)
     bound: float,  # |x| beyond it saturates: √C after RMSNorm
-    settled: bool = False,  # write the gradient in eight bits to memory before it is transposed
 ) -> Tensor:       # (N, M) bfloat16
     "x @ w.T, this product and both of its gradients in eight bits; scale the loss until gradients are about 1."
-    return _Fp8Linear.apply(x, w, bound, settled)
+    odd = -len(x) % 16       # the weights' gradient sums over rows, by sixteens
+    if odd: return _Fp8Linear.apply(F.pad(x, (0, 0, 0, odd)), w, bound)[:len(x)]
+    return _Fp8Linear.apply(x, w, bound)
 
 # %% ../nbs/02e_kernels.ipynb #8de4c691
 def fp8_works(device) -> bool:

@@ -103,14 +103,14 @@ class Linear(nn.Linear):
 def apply_linears(
     x: Tensor,            # (N, C)
     *layers: nn.Module,   # matrices (M, C) each
-    fp8: float = 0,       # largest |x| expected, if the products are to be in eight bits
-    settled: bool = False, # see `fp8_linear`
+    fp8: float = 0,       # largest |x| expected, if the product is to be in eight bits
 ) -> Tensor:              # (N, sum of M)
     "x through several matrices: one product while training; otherwise each by itself (the engine puts copies there)."
-    y = [] if torch.is_grad_enabled() else [f(x) for f in layers if f is not None]
-    if y: return torch.cat(y, -1) if len(y) > 1 else y[0]
+    if not torch.is_grad_enabled():
+        y = [f(x) for f in layers if f is not None]
+        return torch.cat(y, -1) if len(y) > 1 else y[0]
     w = torch.cat([f.weight for f in layers]) if len(layers) > 1 else layers[0].weight
-    return fp8_linear(x, w, fp8, settled) if fp8 else F.linear(x, w)
+    return fp8_linear(x, w, fp8) if fp8 else F.linear(x, w)
 
 # %% ../nbs/02_model.ipynb #ab14615e
 def attention(
@@ -159,7 +159,7 @@ class MLP(nn.Module):
     def forward(self, x):
         h = apply_linears(x.flatten(0, -2), self.fc, fp8=self.fp8[0])
         a = F.relu(h) * F.relu(h) if self.fp8[0] else relu_square(h)  # eight bits: a is never written
-        return apply_linears(a, self.proj, fp8=self.fp8[1], settled=True).view_as(x)
+        return apply_linears(a, self.proj, fp8=self.fp8[1]).view_as(x)
 
 # %% ../nbs/02_model.ipynb #9b319ede
 class Block(nn.Module):
@@ -215,7 +215,7 @@ def init_weights(self: GPT,
 @patch
 def use_fp8(self: GPT) -> GPT:
     "Products with weights in eight bits while training (CUDA only); see chapter 02e for what that rounds."
-    if odd := [f"{k}={v}" for k in ("seq_len", "vocab_size") if (v := getattr(self.cfg, k)) % 16]:
+    if odd := [f"{k}={v}" for k in ("n_embd", "vocab_size") if (v := getattr(self.cfg, k)) % 16]:
         raise NanochatError(f"fp8 needs multiples of 16, not {' and '.join(odd)}; change that or leave fp8 off")
     width = math.sqrt(self.cfg.n_embd)        # no number after RMSNorm is larger
     for m in self.modules():
@@ -275,14 +275,11 @@ def forward(self: GPT,
     "Logits, or the loss when there are targets."
     x = self.features(idx, cache)
     if targets is None: return self.logits(x)
-    if reduction != "none" and torch.is_grad_enabled():
-        rows = max(1, self.loss_chunk // self.cfg.vocab_size)
-        total = linear_loss(x.flatten(0, 1), self.head.weight, targets.flatten(), 15.0, rows, self.fp8)
-        return total if reduction == "sum" else total / (targets >= 0).sum().clamp(min=1)
-    nll = self.token_loss(x.flatten(0, 1), targets.flatten())
-    if reduction == "none": return nll.view(targets.shape)
-    if reduction == "sum": return nll.sum()
-    return nll.sum() / (targets >= 0).sum().clamp(min=1)
+    x, y, rows = x.flatten(0, 1), targets.flatten(), max(1, self.loss_chunk // self.cfg.vocab_size)
+    if reduction == "none": return self.token_loss(x, y).view(targets.shape)
+    if torch.is_grad_enabled(): total = linear_loss(x, self.head.weight, y, 15.0, rows, self.fp8)
+    else: total = self.token_loss(x, y).sum()
+    return total if reduction == "sum" else total / (y >= 0).sum().clamp(min=1)
 
 # %% ../nbs/02_model.ipynb #676acaf7
 HF_NAMES = (("wte.", "model.embed_tokens."), ("blocks.", "model.layers."), (".attn.q.", ".self_attn.q_proj."),

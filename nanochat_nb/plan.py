@@ -120,7 +120,7 @@ def advice(cfg: PlanSettings, p: dict, model: GPTConfig, gb: float) -> list[str]
     said.append(f"--ratio {cfg.ratio / 2:g} halves tokens, shards, hours and cost; loss about {half:+.2f} nats a token")
     if p["epochs"] > 1:
         part = p["params"] / p["epochs"]                                     # a model of this size reads the text once
-        enough = [f"d{d}" for d, c in sizes.items() if scaling_params(c) <= part][-1:] or ["no depth"]
+        enough = [f"d{d}" for d, c in sizes.items() if scaling_params(c) <= part][-1:] or ["not even d1"]
         said.append(f"the text is read {p['epochs']:.1f} times, worth {worth(p['epochs'], 1):.1f} times as much "
                     f"new text; read once it is enough for {enough[0]}")
     return said
