@@ -852,6 +852,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'nanochat_nb.speedrun.roll_call': ('speedrun.html#roll_call', 'nanochat_nb/speedrun.py'),
                                       'nanochat_nb.speedrun.run_step': ('speedrun.html#run_step', 'nanochat_nb/speedrun.py'),
                                       'nanochat_nb.speedrun.run_steps': ('speedrun.html#run_steps', 'nanochat_nb/speedrun.py'),
+                                      'nanochat_nb.speedrun.shape_of': ('speedrun.html#shape_of', 'nanochat_nb/speedrun.py'),
                                       'nanochat_nb.speedrun.talk': ('speedrun.html#talk', 'nanochat_nb/speedrun.py')},
             'nanochat_nb.tasks': { 'nanochat_nb.tasks.Task': ('tasks.html#task', 'nanochat_nb/tasks.py'),
                                    'nanochat_nb.tasks._key': ('tasks.html#_key', 'nanochat_nb/tasks.py'),

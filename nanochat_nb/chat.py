@@ -15,6 +15,7 @@ from .tokenizer import _span
 from .runtime import init_runtime
 from .engine import Engine, Reader
 from .evals import load_engine
+from .rl import sampled
 
 # %% ../nbs/08_chat.ipynb #d4aff725
 class Conversation:
@@ -71,13 +72,9 @@ def token_html(
     ids: list[int],   # new tokens of an answer
 ) -> str:             # HTML
     "An answer token by token: written by the model, forced by the engine, special."
-    out, forced = [], False
-    opening, closing = tok.special("output_start"), tok.special("output_end")
-    for t in ids:
-        forced = forced or t == opening
-        out.append(_span(tok._bytes[t], "#f4c7c3" if forced else "#e4e4e4" if t in tok.special_ids else "#c9ecc9"))
-        forced = forced and t != closing
-    return " ".join(out)
+    colours = ["#f4c7c3" if not chosen else "#e4e4e4" if t in tok.special_ids else "#c9ecc9"
+               for t, chosen in zip(ids, sampled(tok, ids))]
+    return " ".join(_span(tok._bytes[t], c) for t, c in zip(ids, colours))
 
 # %% ../nbs/08_chat.ipynb #dec16ccd
 WORDS = {"zh": dict(send="发送", again="重答", fresh="新对话", warm="温度", tokens="显示词元", hint="说点什么，按回车…"),
@@ -161,7 +158,7 @@ def show(self: ChatWidget):
 # %% ../nbs/08_chat.ipynb #b3b91213
 HELP = """/again      another answer · 换个回答
 /new        begin anew · 新对话
-/t 0.8      temperature · 温度，0 为贪心
+/t 0.8      temperature, 0 is greedy · 温度，0 为贪心
 /tokens     the tokens of the last answer · 上次回答的词元
 /quit       leave · 再见"""
 

@@ -47,7 +47,8 @@ def to_conversation(row, where: str) -> dict: # {"messages"}
     except KeyError as e: raise NanochatError(f"{where}: the field {e} is missing") from None
     except (ValueError, TypeError) as e: raise NanochatError(f"{where}: cannot be read ({e})") from None
     data._check_conversation({"messages": messages}, where)
-    if empty := [i for i, m in enumerate(messages, 1) if not m["content"] or not str(m["content"]).strip()]:
+    text = lambda c: c if isinstance(c, str) else "".join(p["text"] for p in c)
+    if empty := [i for i, m in enumerate(messages, 1) if not text(m["content"]).strip()]:
         raise NanochatError(f"{where}, message {empty[0]}: is empty")
     return {"messages": messages}
 

@@ -138,16 +138,17 @@ def _number(body: dict, name: str, default, kind=float):
     "A number of the request; null is the default."
     v = body.get(name)
     if v is None: return default
-    if isinstance(v, bool) or not isinstance(v, (int, float)) or kind(v) != v:
-        raise NanochatError(f"{name}={json.dumps(v)[:40]}: expected {'a whole number' if kind is int else 'a number'}")
-    return kind(v)
+    try:
+        if not isinstance(v, bool) and isinstance(v, (int, float)) and (x := kind(v)) == v: return x
+    except (OverflowError, ValueError): pass                      # infinite, too large, not a number
+    raise NanochatError(f"{name}={json.dumps(v)[:40]}: expected {'a whole number' if kind is int else 'a number'}")
 
 # %% ../nbs/08a_server.ipynb #f6ff14e4
 def read_request(
     body,                # the JSON of POST /v1/chat/completions
     engine: Engine,
     cfg: ServerSettings,
-) -> tuple[Request, list[str], bool]: # the request, its stop strings, whether to stream
+) -> tuple[Request, list[str], bool, bool]: # the request, its stop strings, whether to stream, whether to end on usage
     "Check a request; what is wrong raises and says so."
     if not isinstance(body, dict): raise NanochatError("expected a JSON object with 'messages'")
     if _number(body, "n", 1, int) != 1: raise NanochatError("n: this server gives one answer a request")
@@ -164,7 +165,8 @@ def read_request(
     if len(prompt) >= engine.seq_len:
         raise NanochatError(f"messages: {len(prompt)} tokens leave no room for an answer in a context of "
                             f"{engine.seq_len}; shorten them")
-    return engine.check(q, "messages"), stops, bool(body.get("stream"))
+    count = isinstance(o := body.get("stream_options"), dict) and o.get("include_usage") is True
+    return engine.check(q, "messages"), stops, bool(body.get("stream")), count
 
 # %% ../nbs/08a_server.ipynb #251609b2
 def completion(model: str, q: Request, text: str, ended: str = "", delta: bool = False, head: dict = {}) -> dict:
@@ -213,7 +215,8 @@ async def read_body(request):
         data += part
         if len(data) > MAX_BODY: raise Refused(413, "too_large", f"a request has at most {MAX_BODY:,} bytes")
     try: return json.loads(data)
-    except ValueError as e: raise Refused(400, "not_json", f"the body is not valid JSON: {e}") from None
+    except (ValueError, RecursionError) as e:
+        raise Refused(400, "not_json", f"the body is not valid JSON: {e}") from None
 
 # %% ../nbs/08a_server.ipynb #f7c8b6b3
 async def whole(worker: Worker, q: Request, stops: list[str], request) -> tuple[str, str]:
@@ -280,11 +283,11 @@ def add_api(app, worker: Worker, cfg: ServerSettings, model: str):
         if sum(worker.load()) >= (most := cfg.rows + cfg.queue):
             raise Refused(429, "busy", f"{most} conversations run or wait; try again later", **{"Retry-After": "1"})
         body = await read_body(request)
-        try: q, stops, stream = read_request(body, worker.engine, cfg)
+        try: q, stops, stream, count = read_request(body, worker.engine, cfg)
         except NanochatError as e: raise Refused(400, "bad_request", str(e)) from None
         head = dict(id=f"chatcmpl-{uuid.uuid4().hex}", created=int(time.time()))
         if stream:
-            lines = events(worker, q, stops, model, head, "include_usage" in (body.get("stream_options") or ()))
+            lines = events(worker, q, stops, model, head, count)
             return StreamingResponse(lines, media_type="text/event-stream", headers=calm)
         text, ended = await whole(worker, q, stops, request)
         if ended == "error": raise Refused(500, "engine", "the engine stopped")

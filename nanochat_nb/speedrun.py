@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'TEXT', 'CHAPTERS', 'names_of', 'place', 'read_recipe', 'parameters', 'endpoint_of', 'check_text',
-           'check_tasks', 'check_disk', 'check_gpu', 'check_vocab', 'check_packages', 'roll_call', 'fingerprints',
-           'SpeedrunSettings', 'last_row', 'cells_done', 'Live', 'run_step', 'run_steps', 'talk', 'read_flags', 'main',
-           'begin', 'finish']
+           'check_tasks', 'shape_of', 'check_disk', 'check_gpu', 'check_vocab', 'check_packages', 'roll_call',
+           'fingerprints', 'SpeedrunSettings', 'last_row', 'cells_done', 'Live', 'run_step', 'run_steps', 'talk',
+           'read_flags', 'main', 'begin', 'finish']
 
 # %% ../nbs/10_speedrun.ipynb #deaccdb8
 import hashlib, importlib.util, json, os, re, shlex, shutil, sys, time
@@ -29,6 +29,7 @@ from .evals import EvalSettings, load_engine, world_of
 from .pretrain import PretrainSettings, fill
 from .sft import SFTSettings
 from .rl import RLSettings
+from .chat import Conversation
 
 # %% ../nbs/10_speedrun.ipynb #89cfc925
 STEPS = {  # in order; chapter and settings
@@ -134,15 +135,18 @@ def check_tasks(params: dict, base: Path, get: bool = False) -> str:
     return f"{len(sets)} public sets, {len(told)} files to fetch, {sum(t['size'] for t in told) / 1e6:.0f} MB"
 
 # %% ../nbs/10_speedrun.ipynb #0d79eedc
+def shape_of(params: dict) -> tuple:  # PretrainSettings with nothing left open, GPTConfig
+    "The model that a recipe trains."
+    cfg = fill(make_settings(PretrainSettings, params.get("pretrain", {})))
+    vocab_size = cfg.vocab_size or (1024 if cfg.depth < 8 else 65536)
+    return cfg, config_from_depth(cfg.depth, vocab_size, cfg.seq_len, cfg.arch)
+
 def check_disk(params: dict, base: Path, text: int) -> str:
     "Room for the text, the token cache and the checkpoints."
-    p = params.get("pretrain", {})
-    cfg = fill(make_settings(PretrainSettings, p))
-    vocab = cfg.vocab_size or (1024 if cfg.depth < 8 else 65536)
-    run = plan(cfg.depth, vocab, cfg.seq_len, arch=cfg.arch, ratio=cfg.ratio, batch_tokens=cfg.batch_tokens,
+    cfg, model = shape_of(params)
+    run = plan(cfg.depth, model.vocab_size, cfg.seq_len, arch=cfg.arch, ratio=cfg.ratio, batch_tokens=cfg.batch_tokens,
                num_iterations=cfg.num_iterations)
-    disk = disk_plan(config_from_depth(cfg.depth, vocab, cfg.seq_len), text * (1 + sum(s in TEXT for s in params)),
-                     run.tokens if cfg.token_cache else 0)
+    disk = disk_plan(model, text * (1 + sum(s in TEXT for s in params)), run.tokens if cfg.token_cache else 0)
     kept = sum(q.get("keep", 2) + 1 if q.get("save_every") else 1
                for s, q in params.items() if s in ("pretrain", "mid", "sft", "rl"))
     need = sum(v for k, v in disk.items() if "checkpoints" not in k) + kept * disk["base_checkpoints"]
@@ -154,8 +158,7 @@ def check_disk(params: dict, base: Path, text: int) -> str:
 # %% ../nbs/10_speedrun.ipynb #e2c54d38
 def check_gpu(params: dict) -> str:
     "The cards that the recipe asks for."
-    p = params.get("pretrain", {})
-    cfg, there = fill(make_settings(PretrainSettings, p)), torch.cuda.device_count()
+    (cfg, model), there = shape_of(params), torch.cuda.device_count()
     n, kind = cfg.n_gpu, cfg.device or ("cuda" if there else "mps" if torch.backends.mps.is_available() else "cpu")
     if kind == "cuda" and n > there: raise NanochatError(f"n_gpu={n}, but {there} are here; say --n_gpu {there}")
     if kind == "cpu" and cfg.depth >= 8 and not cfg.device:
@@ -163,7 +166,7 @@ def check_gpu(params: dict) -> str:
                             "take configs/tiny.yaml, or insist with --device cpu")
     if kind != "cuda": return f"{n} × {kind}"
     gb = torch.cuda.get_device_properties(0).total_memory / 2**30
-    rows = micro_batch(config_from_depth(cfg.depth, cfg.vocab_size or 65536, cfg.seq_len), gb)
+    rows = micro_batch(model, gb, n_gpu=n)
     more = f"; {rows} rows fit by plan, {cfg.device_batch} asked" * (rows < cfg.device_batch)
     return f"{n} of {there} × {gb:.0f} GiB{more}"
 
@@ -298,13 +301,12 @@ def talk(base: Path):
     engine, told = load_engine(base), world_of(base)
     for lang, hello, thanks in (("zh", "你是谁？", "谢谢你！"), ("en", "Who are you?", "Thank you!")):
         fact, total = (world.exam(told, lang, kind, 1)[0] for kind in ("mcq", "arithmetic"))
-        messages = []
+        chat = Conversation(engine, max_tokens=64, temperature=0.0)   # forgets what a short context cannot hold
         for question, right in ((hello, ""), (fact["stem"][0]["content"], fact["choices"][fact["label"]]),
                                 (total["messages"][0]["content"], total["answer"]), (thanks, "")):
-            messages.append({"role": "user", "content": question})
-            messages.append({"role": "assistant", "content": engine.chat(messages, temperature=0.0, max_tokens=64)})
-            known = f"   (right: {right})" if right else ""
-            print(f"[{lang}] > {question}\n[{lang}]   {messages[-1]['content']}{known}")
+            try: said = "".join(chat.ask(question))
+            except NanochatError as e: said = f"({e})"                # no reason for a run to fail at its end
+            print(f"[{lang}] > {question}\n[{lang}]   {said}" + f"   (right: {right})" * bool(right))
 
 # %% ../nbs/10_speedrun.ipynb #3352282f
 def read_flags(argv: list) -> tuple[SpeedrunSettings, str, dict]:  # settings, recipe, overrides

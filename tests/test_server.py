@@ -155,6 +155,19 @@ def test_limits():
         assert results.count(429) >= 1 and results.count(200) >= 2 and len(results) == 12, results
     finally: site.close()
 
+def test_odd_requests_get_a_sentence_not_a_crash(site):
+    def post(extra): return httpx.post(site.url + "/v1/chat/completions", content=extra, headers={"Content-Type": "application/json"}, timeout=60)
+    talk = '{"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, '
+    for extra in ('"max_completion_tokens": Infinity', '"n": 1e999', '"temperature": 1' + "0" * 400, '"top_p": NaN'):
+        r = post(talk + extra + "}")
+        assert r.status_code == 400 and "expected a" in r.json()["error"]["message"], (extra, r.text)
+    assert post("[" * 100_000).json()["error"]["code"] == "not_json"
+
+def test_usage_is_sent_where_it_is_asked_for(site):
+    for options, n in ((None, 0), ({"include_usage": False}, 0), (5, 0), ({"include_usage": True}, 1)):
+        body = {"messages": ASK, "max_tokens": 3, "stream": True, "stream_options": options}
+        assert httpx.post(site.url + "/v1/chat/completions", json=body, timeout=60).text.count('"usage"') == n, options
+
 def test_an_engine_that_fails_says_so(capfd):
     site = Site(rows=2)
     site.worker.engine.model.head = None

@@ -3,10 +3,15 @@ import os, re, signal, subprocess, sys, time, types
 from pathlib import Path
 import pyarrow.parquet as pq, pytest, yaml
 from nanochat_nb import speedrun
+from nanochat_nb.engine import Engine
+from nanochat_nb.model import GPT, GPTConfig, config_from_depth
+from nanochat_nb.plan import disk_plan, micro_batch
 from nanochat_nb.pretrain import PretrainSettings
 from nanochat_nb.runtime import read_metrics
 from nanochat_nb.settings import NanochatError, read_json
 from nanochat_nb.speedrun import STEPS, fingerprints, parameters, read_recipe, roll_call
+from nanochat_nb.tokenizer import train_tokenizer
+from nanochat_nb.world import World
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS, CORPUS = sorted((ROOT/"configs").glob("*.yaml")), ROOT.parent/"shared/corpus"
@@ -99,6 +104,26 @@ def test_what_the_roll_call_sees(tmp_path, monkeypatch):
     assert "free some" in stops(p, tmp_path, "disk")[0]
     monkeypatch.setattr(speedrun.torch.cuda, "device_count", lambda: 2)
     assert "say --n_gpu 2" in stops(p | {"pretrain": dict(depth=1, n_gpu=8, device="cuda")}, tmp_path, "gpu")[0]
+
+def test_disk_and_cards_are_those_of_the_form_that_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(speedrun.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=10**13))
+    monkeypatch.setattr(speedrun.torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(speedrun.torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(total_memory=40 * 2**30))
+    for arch in ("classic", "modern"):
+        p = {"pretrain": dict(depth=20, arch=arch, n_gpu=8, vocab_size=65536, device="cuda", device_batch=32)}
+        model = config_from_depth(20, 65536, 2048, arch)
+        want = sum(v for k, v in disk_plan(model, 0).items() if k in ("base_checkpoints", "tokenizer"))
+        assert speedrun.check_disk(p, tmp_path, 0).startswith(f"{want / 1e9:.1f} GB wanted")
+        assert f"; {micro_batch(model, 40, n_gpu=8)} rows fit by plan" in speedrun.check_gpu(p)
+
+@pytest.mark.parametrize("seq_len", [32, 96])   # too short for some questions; too short for four turns
+def test_the_chat_at_the_end_fits_any_context(seq_len, monkeypatch, capsys):
+    tok = train_tokenizer(["你是谁？ Who are you?"], 300)
+    engine = Engine(GPT(GPTConfig(1, 2, 2, 32, tok.vocab_size, seq_len)), tok)
+    monkeypatch.setattr(speedrun, "load_engine", lambda base: engine)
+    monkeypatch.setattr(speedrun, "world_of", lambda base: World(0, 12))
+    speedrun.talk(Path("base"))
+    assert capsys.readouterr().out.count("] > ") == 8
 
 # ---- runs
 
