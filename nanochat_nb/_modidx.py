@@ -985,7 +985,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'nanochat_nb.world.documents': ('world.html#documents', 'nanochat_nb/world.py'),
                                    'nanochat_nb.world.entry': ('world.html#entry', 'nanochat_nb/world.py'),
                                    'nanochat_nb.world.exam': ('world.html#exam', 'nanochat_nb/world.py'),
-                                   'nanochat_nb.world.exam_item': ('world.html#exam_item', 'nanochat_nb/world.py'),
                                    'nanochat_nb.world.four_choices': ('world.html#four_choices', 'nanochat_nb/world.py'),
                                    'nanochat_nb.world.gazette': ('world.html#gazette', 'nanochat_nb/world.py'),
                                    'nanochat_nb.world.held_out': ('world.html#held_out', 'nanochat_nb/world.py'),

@@ -8,7 +8,7 @@ __all__ = ['shuffled', 'read_column', 'DocStream', 'id_type', 'encode_flat', 'ch
            'eval_batches', 'Prefetch', 'Workers', 'loader_warning', 'LoaderSettings', 'main']
 
 # %% ../nbs/01a_loader.ipynb #807474c4
-import bisect, functools, hashlib, itertools, json, math, multiprocessing.connection, os, queue, random, signal
+import bisect, hashlib, itertools, json, math, multiprocessing.connection, os, queue, random, signal
 import threading, time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +33,6 @@ def shuffled(
     random.Random("/".join(map(str, key))).shuffle(order)
     return order
 
-# %% ../nbs/01a_loader.ipynb #003af712
 def read_column(
     path: Path,    # a parquet shard
     rows: int,     # how many the manifest promises
@@ -142,7 +141,6 @@ class TextLoader:
         seed: int = 0,        # of both shuffles
         rank: int = 0,        # takes rows rank, rank + world_size, …
         world_size: int = 1,
-        buffer: int = 512,    # documents to choose from, at most an eighth of an epoch
         workers: int = 0,     # processes that tokenise; 0: this one does
         cache="",             # folder made by `prepare_cache`: read tokens there; empty: tokenise on the way
     ):
@@ -150,8 +148,8 @@ class TextLoader:
         self.tokenizer, self.seq_len, self.batch_rows = tokenizer, seq_len, batch_rows
         self.rank, self.world_size, self.workers, self.pool = rank, world_size, workers, None
         self.stream, self.packer, self.place = DocStream(folder, split, seed), Packer(seq_len + 1), 0
-        self.buffer = max(1, min(buffer, self.stream.n_docs // 8))
-        self.chunk = max(1, min(64, self.buffer // 4))   # documents read together
+        self.buffer = max(1, min(512, self.stream.n_docs // 8))   # documents to choose from
+        self.chunk = max(1, min(64, self.buffer // 4))            # documents read together
         self.tokens_seen, self.last_ms = 0, 0.
         self.cache = TokenCache(cache, self.stream, tokenizer) if cache else None
         self.made_from = dict(kind="text", split=split, seq_len=seq_len, batch_rows=batch_rows, seed=seed,
@@ -306,13 +304,12 @@ class ChatLoader:
         seed: int = 0,
         rank: int = 0,        # takes rows rank, rank + world_size, …
         world_size: int = 1,
-        buffer: int = 512,    # conversations to choose from, at most an eighth of an epoch
     ):
         check_rows(seq_len, batch_rows, rank, world_size)
         if not conversations: raise NanochatError("there are no conversations; check where they come from")
         self.conversations, self.tokenizer, self.seed = conversations, tokenizer, seed
         self.seq_len, self.batch_rows, self.rank, self.world_size = seq_len, batch_rows, rank, world_size
-        self.packer, self.buffer = Packer(seq_len + 1), max(1, min(buffer, len(conversations) // 8))
+        self.packer, self.buffer = Packer(seq_len + 1), max(1, min(512, len(conversations) // 8))
         self.place, self._order = 0, (None, [])   # in the endless stream of epochs
         self.n_cut = self.n_dropped = 0   # conversations shortened, left out; counted in the first epoch
         self.tokens_seen, self.last_ms = 0, 0.
@@ -405,13 +402,10 @@ def load_state_dict(self: ChatLoader, state: dict):
 class MixLoader:
     "Global batches whose first rows are conversations and whose last rows are documents."
     def __init__(self,
-        text_loader: TextLoader,       # its batch_rows are the rows of documents
-        chat_loader: ChatLoader,       # its batch_rows are the rows of conversations
-        text_rows: int | None = None,  # if given, must equal the text loader's batch_rows
+        text_loader: TextLoader,  # its batch_rows are the rows of documents
+        chat_loader: ChatLoader,  # its batch_rows are the rows of conversations
     ):
         self.text, self.chat = text_loader, chat_loader
-        if text_rows not in (None, text_loader.batch_rows):
-            raise NanochatError(f"text_rows={text_rows}, but the text loader has batch_rows={text_loader.batch_rows}")
         for k in ("seq_len", "rank", "world_size"):
             a, b = getattr(text_loader, k), getattr(chat_loader, k)
             if a != b: raise NanochatError(f"the text loader has {k}={a}, the chat loader {k}={b}; make them equal")

@@ -55,6 +55,7 @@ class PipelineSettings(CleanSettings):
     tasks: int = 0  # pieces of the work, each some whole files; 0: one a file, at most 1,000
     partition: str = "cpu"  # slurm: where tasks run
     time: str = "08:00:00"  # slurm: time limit of a task
+    merge_gb: int = 16  # slurm: memory of the last task, which compares all documents; the others have 4
 
 def executor(cfg: PipelineSettings, step, tasks: int, logs: Path, after=None):
     "One of datatrove's executors for `step`, after another one."
@@ -64,7 +65,8 @@ def executor(cfg: PipelineSettings, step, tasks: int, logs: Path, after=None):
     except ImportError as e: raise NanochatError(f"executor={cfg.executor!r} needs {e.name}: pip install "
                              "'nanochat-nb[clean]' (and ray for ray), or take executor='datasets'") from None
     kinds = dict(local=LocalPipelineExecutor, ray=RayPipelineExecutor,
-                 slurm=partial(SlurmPipelineExecutor, time=cfg.time, partition=cfg.partition, mem_per_cpu_gb=4))
+                 slurm=partial(SlurmPipelineExecutor, time=cfg.time, partition=cfg.partition,
+                               mem_per_cpu_gb=cfg.merge_gb if after else 4))
     return kinds[cfg.executor](pipeline=[step], tasks=tasks, workers=cfg.workers, logging_dir=str(logs), depends=after,
                                skip_completed=False)
 

@@ -6,14 +6,14 @@
 __all__ = ['held_out', 'parse_sources', 'Stream', 'blend', 'RepackageSettings', 'repackage', 'upload', 'main']
 
 # %% ../nbs/00d_repackage.ipynb #91d159c0
-import hashlib, json, math, re, shutil
-from collections import Counter, defaultdict
+import hashlib, json, math, re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from pathlib import Path
-import numpy as np, pyarrow as pa, pyarrow.compute as pc, pyarrow.parquet as pq
+import numpy as np, pyarrow as pa, pyarrow.compute as pc
 from . import data
 from .data import *
 from .fetch import *
@@ -285,8 +285,8 @@ def repackage(
 # %% ../nbs/00d_repackage.ipynb #d89d55e9
 def _enough(cfg: RepackageSettings, streams: list[Stream], shards: list[dict]) -> None:
     "Raise if a language, or one of the splits, came out empty."
-    for lang in {s.lang for s in streams} - {""}:
-        if not any(s.rows for s in streams if s.lang == lang):
+    for lang in ("zh", "en"):
+        if (mine := [s for s in streams if s.lang == lang]) and all(s.rounds and not s.rows for s in mine):   # all read
             raise NanochatError(f"zh={cfg.zh}, but {cfg.source} holds no {lang} text; add a source, or leave zh out")
     if len({s["split"] for s in shards}) < 2:
         raise NanochatError(f"of {sum(s.rows for s in streams)} documents in {cfg.source} all fell to one split "

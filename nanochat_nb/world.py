@@ -9,7 +9,7 @@ __all__ = ['L', 'SURNAMES', 'GIVEN', 'TOWNS', 'JOBS', 'FOODS', 'HOBBIES', 'PETS'
            'say_fact', 'entry', 'gazette', 'letter', 'poem', 'dialogue', 'held_out', 'word_problem', 'solve',
            'homework', 'sentence_pair', 'reader', 'names', 'words', 'spelled', 'dictionary', 'documents', 'corpus',
            'ask_fact', 'four_choices', 'arithmetic_task', 'translation_task', 'counting', 'spelling_task',
-           'conversation', 'conversations', 'exam_item', 'exam']
+           'conversation', 'conversations', 'exam']
 
 # %% ../nbs/00a_world.ipynb #5fceb151
 import operator, random, re, zlib
@@ -42,8 +42,6 @@ FOODS = _pairs("面条 noodles|饺子 dumplings|米饭 rice|豆腐 tofu|烤鱼 g
                "蜂蜜 honey|奶酪 cheese|粽子 rice dumplings")
 HOBBIES = _pairs("下棋 chess|钓鱼 fishing|画画 drawing|唱歌 singing|跳舞 dancing|读书 reading|写诗 poetry|爬山 climbing|游泳 swimming|"
                  "种花 gardening|放风筝 kites|吹笛子 the flute|打鼓 the drum|拉二胡 the erhu|剪纸 paper cutting|看星星 stargazing")
-
-# %% ../nbs/00a_world.ipynb #98a48522
 PETS = _pairs("猫 a cat|狗 a dog|公鸡 a rooster|兔子 a rabbit|鸭子 a duck|鹅 a goose|山羊 a goat|仓鼠 a hamster|鸽子 a pigeon|"
               "乌龟 a turtle|青蛙 a frog|鹦鹉 a parrot|孔雀 a peacock|绵羊 a sheep|松鼠 a squirrel|刺猬 a hedgehog")
 MONTHS = _pairs("一月 January|二月 February|三月 March|四月 April|五月 May|六月 June|七月 July|八月 August|九月 September|"
@@ -422,7 +420,6 @@ def counting(lang: str, pool: list[str], rng) -> tuple[str, str, int]:
     c = rng.choice(c)
     return f'How many times is the letter "{c}" in "{text}"?', f'"{text}".count("{c}")', r
 
-# %% ../nbs/00a_world.ipynb #3b25b5b1
 def spelling_task(w: World, lang: str, rng, exam: bool = False) -> tuple[str, list | str, str]:
     "Words to spell or to count in, the answer (with a calculator call when it counts), and the bare result."
     pool = [x for x in words(lang) if held_out(x) == exam]
@@ -436,7 +433,7 @@ def spelling_task(w: World, lang: str, rng, exam: bool = False) -> tuple[str, li
 TASKS = {"arithmetic": arithmetic_task, "translation": translation_task, "spelling": spelling_task}
 
 # %% ../nbs/00a_world.ipynb #626edaae
-IDENTITY = {
+IDENTITY = {  # the model should know who it is: 小册, Xiaoce, "booklet"
     "zh": [("你是谁？", "我是小册，这本书训练出来的小语言模型。"), ("你叫什么名字？", "我叫小册。"),
            ("你会做什么？", "我会讲小镇上的人和事，会算账，会翻译，也会拼写。"), ("你好！", "你好！我是小册，有什么可以帮你？"),
            ("谢谢你！", "不客气！"), ("你会说英语吗？", "会，我会说中文和英语。"), ("再见！", "再见，欢迎再来！")],
@@ -484,19 +481,9 @@ def conversations(
         out.append({"messages": messages, "kind": told, "lang": lang})
     return out
 
-# %% ../nbs/00a_world.ipynb #c3a0007b
+# %% ../nbs/00a_world.ipynb #63e4c061
 EXAMS = ("mcq", "arithmetic", "spelling", "translation")
 
-def exam_item(w: World, lang: str, kind: str, rng) -> dict:
-    "One question of the exam."
-    if kind == "mcq":
-        x = four_choices(w, lang, rng, w.examined)
-        return {"messages": _msgs(x["letter"]), "answer": "ABCD"[x["label"]], "stem": _msgs(x["question"]),
-                "choices": x["choices"], "label": x["label"]}
-    q, _, answer = TASKS[kind](w, lang, rng, exam=True)
-    return {"messages": _msgs(q), "answer": answer}
-
-# %% ../nbs/00a_world.ipynb #63e4c061
 def exam(
     world: World,
     lang: str,      # "zh" or "en": the language of the answer
@@ -507,10 +494,15 @@ def exam(
     "Questions that fine-tuning never asked: on other people, other problems, other sentences, other words."
     if kind not in EXAMS: raise NanochatError(f"unknown exam {kind!r}; valid kinds: {', '.join(EXAMS)}")
     if lang not in L: raise NanochatError(f"unknown language {lang!r}; valid languages: {', '.join(L)}")
-    rng, seen, out = random.Random(f"exam {lang} {kind} {seed}"), set(), []
+    rng, out = random.Random(f"exam {lang} {kind} {seed}"), {}
     for _ in range(50 * n):
-        x = exam_item(world, lang, kind, rng)
-        key = x.get("stem", x["messages"])[0]["content"]
-        if key not in seen: seen.add(key); out.append(x)
+        if kind == "mcq":
+            x = four_choices(world, lang, rng, world.examined)
+            q, item = x["question"], {"messages": _msgs(x["letter"]), "answer": "ABCD"[x["label"]],
+                                      "stem": _msgs(x["question"]), "choices": x["choices"], "label": x["label"]}
+        else:
+            q, _, answer = TASKS[kind](world, lang, rng, exam=True)
+            item = {"messages": _msgs(q), "answer": answer}
+        out.setdefault(q, item)
         if len(out) == n: break
-    return out
+    return list(out.values())

@@ -209,7 +209,6 @@ def test_mix_rows(made):
     m = mix(made)
     next(m)
     assert m.tokens_seen == 12 * 160 and m.epoch == 0 and m.n_cut == m.chat.n_cut and m.last_ms > 0
-    with pytest.raises(NanochatError, match="text_rows=3"): MixLoader(m.text, m.chat, text_rows=3)
     with pytest.raises(NanochatError, match="seq_len=48, the chat loader seq_len=160"): MixLoader(text(made), chat(made))
 
 

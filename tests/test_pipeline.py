@@ -69,13 +69,16 @@ def test_the_script_for_slurm_runs_and_makes_the_same(crawl, tmp_path):
     (bin / "scontrol").write_text("#!/bin/bash\necho here\n")
     for f in bin.iterdir(): f.chmod(0o755)
     env = ENV | {"PATH": f"{bin}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    code, out, err = command(crawl, tmp_path / "out", "--executor", "slurm", "--partition", "big", "--workers", "2", "--tasks", "2", env=env)
+    code, out, err = command(crawl, tmp_path / "out", "--executor", "slurm", "--partition", "big", "--workers", "2", "--tasks", "2",
+                             "--merge_gb", "32", env=env)
     assert code == 0 and json.loads(out.splitlines()[-1])["submitted"] == "slurm", err[-2000:]
     assert (tmp_path / "out").exists(), log.read_text()[-3000:]
     assert same(tmp_path / "out", crawl / "one")
     assert "--dependency=afterok:7" in log.read_text()                       # the merge waits for the tasks
     script = next(tmp_path.glob(".out.*/clean/launch_script.slurm")).read_text()
     assert "partition=big" in script and "array=0-1" in script
+    merge = next(tmp_path.glob(".out.*/merge/launch_script.slurm")).read_text()
+    assert "mem-per-cpu=4G" in script and "mem-per-cpu=32G" in merge         # the task that compares all documents has more
 
 def test_a_killed_run_goes_on(crawl, tmp_path):
     p = subprocess.Popen([sys.executable, "-m", "nanochat_nb.pipeline", "--source", str(crawl / "in"), "--out", str(tmp_path / "out"), "--workers", "1"],

@@ -3,7 +3,8 @@ import os, subprocess, sys
 from collections import Counter
 import pytest
 from nanochat_nb.sampling import calculate
-from nanochat_nb.world import EXAMS, TRANSLATE, World, conversations, corpus, exam
+from nanochat_nb.settings import NanochatError
+from nanochat_nb.world import EXAMS, GIVEN, SURNAMES, TRANSLATE, World, conversations, corpus, exam
 
 PRINT = """
 import hashlib, json
@@ -37,6 +38,17 @@ def test_no_world_leaks_its_exam(seed, n_people):
                 assert x["messages"][0]["content"] not in said
                 if kind == "mcq": assert x["stem"][0]["content"] not in said and x["choices"][x["label"]] not in said
                 if kind in ("arithmetic", "translation"): assert x["messages"][0]["content"].removeprefix(TRANSLATE[lang]) not in lines
+
+@pytest.mark.parametrize("n", [8, 9, len(SURNAMES) * len(GIVEN)**2 // 4])
+def test_any_size_up_to_the_limit(n):
+    x = World(seed=n, n_people=n)
+    assert len({p.name[0] for p in x.people}) == len({p.name[1] for p in x.people}) == n
+    assert (len(x.taught), len(x.examined)) == (n // 2 + 10, n - n // 2 + 10)
+    assert corpus(x, 5_000) and len(exam(x, "en", "mcq", 10)) == 10 and conversations(x, 10)
+
+def test_a_world_too_large_for_its_names():
+    most = len(SURNAMES) * len(GIVEN)**2 // 4
+    with pytest.raises(NanochatError, match=f"8 to {most} people"): World(n_people=most + 1)
 
 @pytest.mark.parametrize("seed", range(4))
 def test_answers_of_the_exam_are_facts_of_the_world(seed):
