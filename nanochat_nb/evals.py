@@ -53,8 +53,9 @@ def bits_per_byte(
     "Mean bits to encode one byte of text; independent of the vocabulary."
     wide = torch.float32 if runtime.device.type == "mps" else torch.float64
     nbytes, total = torch.as_tensor(nbytes, device=runtime.device), torch.zeros(2, dtype=wide, device=runtime.device)
-    for x, y in batches[runtime.rank::runtime.world_size]:
-        x, y = x.to(runtime.device), y.to(runtime.device)
+    for i in range(runtime.rank, len(batches) + -len(batches) % runtime.world_size, runtime.world_size):
+        x, y = (t.to(runtime.device) for t in batches[i % len(batches)])
+        if i >= len(batches): y = torch.full_like(y, -1)   # of no weight: every rank makes as many passes
         b = torch.where(y >= 0, nbytes[y.clamp(min=0)], 0)
         with runtime.autocast(): nll = model(x, y, reduction="none")
         total += torch.stack([(nll.to(wide) * (b > 0)).sum(), b.sum().to(wide)])

@@ -19,6 +19,7 @@ from .tokenizer import Tokenizer, TokenizerSettings, prepare_tokenizer
 from .loader import Prefetch, TextLoader, eval_batches, loader_warning, prepare_cache
 from .kernels import fp8_works
 from .model import GPT, config_from_depth, flops_per_token
+from .sharding import load_whole, local, shard_model, whole_state
 from .optim import make_optimizer, plan, set_schedule
 from .runtime import (LiveChart, Metrics, Runtime, all_reduce_mean, barrier, can_compile, close_runtime,
                                  freeze_gc, hardware, init_runtime, launch, peak_flops, peak_memory, print0,
@@ -60,6 +61,7 @@ class TrainSettings(RunSettings):
     muon_beta2: float = 0.0      # of the running size of each neuron's update; 0: all neurons alike
     fp8: bool = False            # products with weights in eight bits, where the GPU has them
     activation_budget: float = 1.0 # share of activations kept for the backward pass; less is slower (compiled runs)
+    shard: bool = False          # split parameters and gradients over the ranks (FSDP2), for models that do not fit
     warmup: float = 0.0          # share of the steps that rises
     warmdown: float = 0.4        # share of the steps that falls
     eval_every: int = 0          # steps between measurements of bits per byte; 0: a fifth of the run
@@ -121,7 +123,10 @@ class Trainer:
         self.short = rt.device.type == "cpu" and self.n_steps < 300  # too short to compile: run it exactly instead
         if self.short and not cfg.dtype: rt.dtype = torch.float32
         if rt.device.type == "cuda": self.model.loss_chunk = 2**29 if cfg.activation_budget == 1 else 2**28  # scores
-        self.loader, self.saver, self.fits = Prefetch(self.loader, rt.device), Saver(), False  # see `fit_rows`
+        self.loader, self.saver, self.sharded = Prefetch(self.loader, rt.device), Saver(), cfg.shard and rt.world_size > 1
+        self.fits = self.sharded                                     # see `fit_rows`
+        if self.sharded: shard_model(self.model, rt.device, rt.dtype)
+        else: self.model.to(rt.device)
         names = ("matrix_lr", "embedding_lr", "unembedding_lr", "weight_decay", "muon_beta2", "lr_scale")
         self.opt = make_optimizer(self.model, dtype=rt.dtype, **{k: getattr(cfg, k) for k in names})
 
@@ -135,7 +140,7 @@ def accumulate(self: Trainer, model, x, y, count) -> torch.Tensor: # this rank's
         with self.rt.autocast(): loss = model(a, b, reduction="sum") / count.clamp(min=1)
         (loss * scale).backward()
         total += loss.detach()
-    if self.model.fp8: torch._foreach_mul_([p.grad for p in self.model.parameters()], 1 / scale)
+    if self.model.fp8: torch._foreach_mul_([local(p.grad) for p in self.model.parameters()], 1 / scale)
     return total
 
 @patch
@@ -233,7 +238,7 @@ def sampler(rt, tok, model, data: Path, n_tokens: int = 48):
 def observe(self: Trainer, step: int):
     "Measure and sample where it is due; the values go into the metrics as a row of their own."
     if step % (self.cfg.eval_every or max(1, self.n_steps // 5)) and step != self.n_steps: return
-    row = self.evaluate() | self.sample()
+    row = self.evaluate() | ({} if self.sharded else self.sample())  # one rank alone cannot run a sharded model
     self.metrics.log(step=step, n_steps=self.n_steps, **row)
     self.last |= row
 
@@ -243,21 +248,21 @@ def save(self: Trainer, step: int):
     "A checkpoint after `step` steps."
     meta = dict(config=asdict(self.model.cfg), tokenizer_hash=self.tok.hash, settings=asdict(self.cfg),
                 loader=self.loader.state_dict(), n_steps=self.n_steps, seconds=self.seconds)
-    self.saver.save(self.folder, step, self.model, self.opt, meta=meta, keep=self.cfg.keep)
+    self.saver.save(self.folder, step, whole_state(self.model), self.opt, meta=meta, keep=self.cfg.keep)
 
 # %% ../nbs/03_pretrain.ipynb #f9d90009
 @patch
 def restore(self: Trainer):
     "Take all but the rates, which are those of the settings, from the latest checkpoint, if there is one."
     if latest_step(self.folder) is None: return
-    step, model, opt, meta = load_checkpoint(self.folder, device=self.rt.device)
+    step, model, opt, meta = load_checkpoint(self.folder, device="cpu" if self.sharded else self.rt.device)
     check_same_tokenizer(meta, self.tok.hash)
     ours = asdict(self.model.cfg)
     if diff := {k: v for k, v in meta["config"].items() if v != ours.get(k)}:
         raise NanochatError(f"the checkpoint in {self.folder} has {diff}, the settings ask for "
                             f"{ {k: ours.get(k) for k in diff} }; use another tag, or the old settings")
     asked = [{k: g[k] for k in ("initial_lr", "initial_weight_decay")} for g in self.opt.param_groups]
-    self.model.load_state_dict(model)
+    load_whole(self.model, model)
     self.opt.load_state_dict(opt)
     for group, rates in zip(self.opt.param_groups, asked): group.update(rates)
     self.loader.load_state_dict(meta["loader"])
@@ -299,7 +304,9 @@ def fast_model(self: Trainer): # what `train_step` runs
     c, own = torch._functorch.config, "autograd_cache_allow_custom_autograd_functions"  # ours are cached as well
     c.activation_memory_budget = self.cfg.activation_budget
     if hasattr(c, own): setattr(c, own, True)
-    return torch.compile(self.model, dynamic=False)
+    if not self.sharded: return torch.compile(self.model, dynamic=False)
+    for block in self.model.blocks: block.compile(dynamic=False)  # parameters come and go between blocks
+    return self.model
 
 # %% ../nbs/03_pretrain.ipynb #966be366
 @patch
@@ -365,8 +372,7 @@ def train(cfg: PretrainSettings) -> dict: # the last values of everything measur
     p = plan(cfg.depth, tok.vocab_size, T, arch=cfg.arch, ratio=cfg.ratio, batch_tokens=cfg.batch_tokens,
              n_gpu=rt.world_size, device_batch=cfg.device_batch, num_iterations=cfg.num_iterations)
     for note in p.notes: print0(note)
-    model = GPT(config_from_depth(cfg.depth, tok.vocab_size, T, cfg.arch)).to(rt.device)
-    model.init_weights(cfg.seed)
+    model = GPT(config_from_depth(cfg.depth, tok.vocab_size, T, cfg.arch)).init_weights(cfg.seed)
     loader = TextLoader(data, tok, split="train", seq_len=T, batch_rows=p.batch_tokens // T, seed=cfg.seed,
                         rank=rt.rank, world_size=rt.world_size, workers=cfg.workers,
                         cache=cfg.token_cache and in_turn(rt, lambda: prepare_cache(data, tok, cfg.base_dir)))

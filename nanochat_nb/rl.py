@@ -36,6 +36,7 @@ class RLSettings(TrainSettings):
     lr_scale: float = 0.0        # multiplies all learning rates; 0: a fifth of fine-tuning's
     fp8: bool = False            # of no effect here
     activation_budget: float = 1.0 # of no effect here: rows differ in length, so nothing is compiled
+    shard: bool = False          # not in this stage, whose answers are sampled by whole models
     warmdown: float = 1.0        # share of the steps that falls
     eval_tokens: int = 0         # tokens of each language measured; 0: as in fine-tuning
     init: str = ""               # stage to start from: base, mid or sft; empty: the last of them there is
@@ -250,6 +251,7 @@ def start_from(cfg: RLSettings) -> Path:
     least = dict(depth=1, per_step=1, group=2, max_tokens=1, n_questions=1, n_held=1, num_iterations=1, device_batch=0)
     for k, n in least.items():
         if getattr(cfg, k) < n: raise NanochatError(f"{k}={getattr(cfg, k)}: expected {n} or more")
+    if cfg.shard: raise NanochatError("shard=True: rl samples with the whole model on every rank; leave shard out")
     if not cfg.temperature > 0:
         raise NanochatError(f"temperature={cfg.temperature}: expected more than 0, since alike answers teach nothing")
     earlier, tag = list(STAGES)[:-1], cfg.tag or f"d{cfg.depth}"

@@ -110,7 +110,8 @@ def init_runtime(
     return rt
 
 def close_runtime():
-    "Leave the group of ranks, if there is one."
+    "Leave the group of ranks, if there is one, when all are done."
+    barrier()
     if dist.is_initialized(): dist.destroy_process_group()
 
 # %% ../nbs/02b_runtime.ipynb #c2139298
