@@ -352,7 +352,7 @@ def _handwork(texts: list[str], cfg: CleanSettings, seen: Counter) -> None:
 
 # %% ../nbs/00b_clean.ipynb #5a45b4e2
 def rewrite(
-    texts: list[str],           # a batch, best a thousand documents
+    texts: list[str],           # a batch, best some thousand: a sweep has to be compiled first
     cfg: CleanSettings,
     seen: Counter,              # counts of what was done are added
 ) -> tuple[list[str], dict]:    # the texts, and their `measure`
@@ -392,13 +392,13 @@ def _read(source) -> Iterator[tuple[str, str | None]]:
 
 
 # %% ../nbs/00b_clean.ipynb #d9faf15d
-def _batches(rows: Iterable, size: int = 4_000_000) -> Iterator[tuple[list, list]]:
-    "Texts and languages in batches of at most 1,024 and about `size` characters."
+def _batches(rows: Iterable, size: int = 8_000_000) -> Iterator[tuple[list, list]]:
+    "Texts and languages in batches of at most 4,096 and about `size` characters."
     batch, n = [], 0
     for row in rows:
         batch.append(row)
         n += len(row[0])
-        if n < size and len(batch) < 1024: continue
+        if n < size and len(batch) < 4096: continue
         yield tuple(map(list, zip(*batch)))
         batch, n = [], 0
     if batch: yield tuple(map(list, zip(*batch)))
@@ -415,7 +415,7 @@ class _Report:
         self.samples[rule] = sorted(best, key=lambda x: x[0])[:5]
     def as_dict(self) -> dict:
         kept = self.n - sum(self.dropped.values())
-        return {"documents": self.n, "characters": self.characters, "kept": kept, "altered": dict(self.did),
+        return {"documents": self.n, "characters": self.characters, "kept": kept, "altered": dict(sorted(self.did.items())),
                 "dropped": {r: self.dropped[r] for r in RULES[1:]},
                 "samples": {r: [x for _, x in s] for r, s in self.samples.items()}}
 
