@@ -415,8 +415,8 @@ class _Report:
         self.samples[rule] = sorted(best, key=lambda x: x[0])[:5]
     def as_dict(self) -> dict:
         kept = self.n - sum(self.dropped.values())
-        return {"documents": self.n, "characters": self.characters, "kept": kept, "altered": dict(sorted(self.did.items())),
-                "dropped": {r: self.dropped[r] for r in RULES[1:]},
+        return {"documents": self.n, "characters": self.characters, "kept": kept,
+                "altered": dict(sorted(self.did.items())), "dropped": {r: self.dropped[r] for r in RULES[1:]},
                 "samples": {r: [x for _, x in s] for r, s in self.samples.items()}}
 
 
