@@ -62,6 +62,10 @@ def test_the_quick_path_equals_the_slow_one(texts):
     assert list(map(ink, new)) == list(map(ink, slow))
     for k, v in C.measure(new, 120).items(): np.testing.assert_array_equal(f[k], v)
 
+@pytest.mark.parametrize("c", "㐀一鿿，。、；：！？…～!?~")
+def test_every_run_that_is_cut_is_seen(c):
+    assert C.rewrite([f"before {c * 6} after"], C.CleanSettings(), Counter())[0] == [f"before {c * 3} after"]
+
 def test_lone_surrogates_do_not_stop_it():
     new, _ = C.rewrite(["a\ud800b" * 10, "fine"], C.CleanSettings(), Counter())
     assert new == ["a\ufffdb" * 10, "fine"]
