@@ -61,6 +61,8 @@ def execute(path, progress, timeout=900):
     for c in nb.cells:
         if c.id in kept: c.source = kept[c.id]
     nb.metadata.pop("language_info", None)
+    shown = any("application/vnd.jupyter.widget-view+json" in o.get("data", {}) for c in nb.cells for o in c.get("outputs", []))
+    if not shown: nb.metadata.pop("widgets", None)                                # a state of widgets that no output shows
     tmp = path.with_suffix(".tmp")
     nbformat.write(nb, tmp)
     os.replace(tmp, path)

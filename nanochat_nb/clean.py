@@ -16,7 +16,7 @@ from functools import cache
 from itertools import chain
 from pathlib import Path
 import numpy as np, pyarrow as pa, pyarrow.compute as pc, pyarrow.parquet as pq
-from . import data, settings, world
+from . import data, world
 from .settings import *
 
 # %% ../nbs/00b_clean.ipynb #7535727d
@@ -102,7 +102,7 @@ def _shingles(
     lens: np.ndarray,  # (texts,) characters of each
 ) -> np.ndarray:       # (characters,) uint32
     "Hash of the eight characters from each position; `_NONE` where the text ends sooner."
-    h = np.append(_tables()[1][c], np.zeros(_K - 1, np.uint32))
+    h = np.append(_tables()[1].take(c), np.zeros(_K - 1, np.uint32))
     for step, m in ((1, 0x9E3779B1), (2, 0x85EBCA6B), (4, 0xC2B2AE35)): h = h[:-step] * np.uint32(m) + h[step:]
     h ^= h >> np.uint32(15)
     h *= np.uint32(0x2C1B3C6D)
@@ -133,12 +133,12 @@ def _measure(texts: list[str], bins: int) -> dict:
     "The counts of one batch, small enough for the processor's cache."
     c, lens = _codes(texts)
     n, k, h = len(lens), len(CLASSES), _shingles(c, lens)
-    counts = np.bincount(np.repeat(np.arange(n) * k, lens) + _tables()[0][c], minlength=n * k).reshape(n, k)
+    counts = np.bincount(np.repeat(np.arange(n) * k, lens) + _tables()[0].take(c), minlength=n * k).reshape(n, k)
     f = dict(zip(CLASSES, counts.T)) | {"length": lens, "lines": counts[:, CLASSES.index("newline")] + 1}
     f["bytes"] = np.fromiter((len(t.encode("utf-8", "replace")) for t in texts), np.int64, n)
     same = c[1:] == c[:-1]
     at = np.flatnonzero(same[4:] & same[3:-1] & same[2:-2] & same[1:-3] & same[:-4])           # six in a row
-    at = at[(c[at] > 0x2000) | np.isin(c[at], [33, 63, 126])]
+    at = at[(c[at] > 0x3000) | np.isin(c[at], [33, 63, 126, 0x2026])]                          # ! ? ~ …
     f["runs"] = np.bincount(np.searchsorted(lens.cumsum(), at, "right"), minlength=n)
     return f | {"variety": _variety(h, lens)} | ({"sig": _signatures(h, lens, bins)} if bins else {})
 
@@ -207,11 +207,10 @@ def drop_boilerplate(
     longest: int = 80,  # characters; a longer line is prose that happens to use the phrase
 ) -> str:
     "Without the short lines that hold a phrase of menus, banners and copyright notices."
-    low = text.lower()
-    found = [p for p in _PHRASES if p in low]
-    if not found: return text
-    def stays(x): return len(x) > longest or not any(p in x.lower() for p in found)
-    return "\n".join(filter(stays, text.split("\n")))
+    low, lines = text.lower(), text.split("\n")
+    for p in _PHRASES:
+        if p in low: lines = [x for x in lines if len(x) > longest or p not in x.lower()]
+    return "\n".join(lines)
 
 # %% ../nbs/00b_clean.ipynb #00d6135c
 def valid_id(
@@ -237,7 +236,9 @@ _ID_RE = re.compile(rf"(?<![0-9A-Za-z]){_ID}(?![0-9A-Za-z])")              # not
 _PHONE_RE = re.compile(rf"(?<![0-9A-Za-z])(?<![0-9][.-]){_PHONE}(?![0-9A-Za-z])(?![.-][0-9])")
 _NOBODY = re.compile(r"^(?:git|hg|svn)@|[@.](?:example|test|invalid|localhost)(?:\.(?:com|org|net))?$", re.I)
 
-def _mask_mail(text: str) -> str: return _MAIL_RE.sub(lambda m: m[0] if _NOBODY.search(m[0]) else "[EMAIL]", text)
+def _mask_mail(text: str) -> str:
+    def line(x): return _MAIL_RE.sub(lambda m: m[0] if _NOBODY.search(m[0]) else "[EMAIL]", x) if "@" in x else x
+    return "\n".join(map(line, text.split("\n")))
 def _mask_number(text: str) -> str:
     return _PHONE_RE.sub("[PHONE]", _ID_RE.sub(lambda m: "[ID]" if valid_id(m[0]) else m[0], text))
 def _mask_key(text: str) -> str: return _KEY_RE.sub("[KEY]", text)
@@ -351,7 +352,7 @@ def _handwork(texts: list[str], cfg: CleanSettings, seen: Counter) -> None:
 
 # %% ../nbs/00b_clean.ipynb #5a45b4e2
 def rewrite(
-    texts: list[str],           # a batch, best a thousand documents
+    texts: list[str],           # a batch, best some thousand: a sweep has to be compiled first
     cfg: CleanSettings,
     seen: Counter,              # counts of what was done are added
 ) -> tuple[list[str], dict]:    # the texts, and their `measure`
@@ -391,13 +392,13 @@ def _read(source) -> Iterator[tuple[str, str | None]]:
 
 
 # %% ../nbs/00b_clean.ipynb #d9faf15d
-def _batches(rows: Iterable, size: int = 4_000_000) -> Iterator[tuple[list, list]]:
-    "Texts and languages in batches of at most 1,024 and about `size` characters."
+def _batches(rows: Iterable, size: int = 8_000_000) -> Iterator[tuple[list, list]]:
+    "Texts and languages in batches of at most 4,096 and about `size` characters."
     batch, n = [], 0
     for row in rows:
         batch.append(row)
         n += len(row[0])
-        if n < size and len(batch) < 1024: continue
+        if n < size and len(batch) < 4096: continue
         yield tuple(map(list, zip(*batch)))
         batch, n = [], 0
     if batch: yield tuple(map(list, zip(*batch)))
@@ -414,8 +415,8 @@ class _Report:
         self.samples[rule] = sorted(best, key=lambda x: x[0])[:5]
     def as_dict(self) -> dict:
         kept = self.n - sum(self.dropped.values())
-        return {"documents": self.n, "characters": self.characters, "kept": kept, "altered": dict(self.did),
-                "dropped": {r: self.dropped[r] for r in RULES[1:]},
+        return {"documents": self.n, "characters": self.characters, "kept": kept,
+                "altered": dict(sorted(self.did.items())), "dropped": {r: self.dropped[r] for r in RULES[1:]},
                 "samples": {r: [x for _, x in s] for r, s in self.samples.items()}}
 
 
@@ -509,7 +510,7 @@ def clean(
 def out_folder(cfg: CleanSettings) -> Path:
     "Where the shards go: `out`, else base_data/<source>-clean."
     name = "world" if cfg.source == "world" else Path(cfg.source.split(",")[0].strip()).stem
-    return Path(cfg.out) if cfg.out else settings.base_folder(cfg.base_dir) / "base_data" / f"{name}-clean"
+    return Path(cfg.out) if cfg.out else base_folder(cfg.base_dir) / "base_data" / f"{name}-clean"
 
 def print_report(folder: Path, report: dict) -> None:
     "The counts, then one JSON object."

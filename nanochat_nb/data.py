@@ -19,7 +19,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 import numpy as np, pyarrow as pa, pyarrow.compute as pc, pyarrow.parquet as pq
-from . import settings, world
+from . import world
 from .fetch import *
 from .settings import *
 
@@ -422,7 +422,7 @@ def source_folder(cfg: DataSettings) -> Path:
         roots = [Path(s).expanduser().absolute() for s in filter(None, map(str.strip, name.split(",")))]
         slug = re.sub(r"[^\w-]+", "-", "-".join(r.stem for r in roots))[:40].strip("-")
         name = f"{slug}-{hashlib.sha256(','.join(map(str, roots)).encode()).hexdigest()[:8]}"
-    return settings.base_folder(cfg.base_dir) / "base_data" / name
+    return base_folder(cfg.base_dir) / "base_data" / name
 
 # %% ../nbs/00_data.ipynb #6e6d43c8
 def _wanted(cfg: DataSettings) -> list[int]:
@@ -547,7 +547,7 @@ def prepare(
     else:
         with _locked(folder):
             if not _ready(cfg, folder): _make(cfg, folder)
-    write_json(settings.base_folder(cfg.base_dir) / "report" / "data.json",
+    write_json(base_folder(cfg.base_dir) / "report" / "data.json",
                {"seconds": time.time() - start, "settings": asdict(cfg)})
     return folder
 

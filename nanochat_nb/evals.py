@@ -266,7 +266,7 @@ def build_report(
     return more | dict(
         tasks=tasks or {}, chatcore=core, tag=tag,
         exam=exams[last], exam_of_stage=last, exams=exams, bpb=trained.get("bpb", {}),
-        bpb_after={k: v["bpb"] for k, v in stages.items() if v.get("bpb")}, tokens_per_s=trained.get("tokens_per_s"),
+        tokens_per_s=trained.get("tokens_per_s"),
         seconds={k: round(v["seconds"], 2) for k, v in stages.items() if "seconds" in v}, stages=stages)
 
 # %% ../nbs/06_eval.ipynb #27b41230
