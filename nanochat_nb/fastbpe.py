@@ -578,14 +578,15 @@ def _key(w, i, n):
 
 @inline
 def _look(cache, s, x, y, z):
-    "The slot that holds a piece, s or its neighbour; -1 where neither does."
-    for k in (s, s ^ 1):
-        if cache[k, 0] == x and cache[k, 1] == y and cache[k, 2] == z: return k
-    return np.int64(-1)
+    "The slot that holds a piece, s or the next; -1 where neither does."
+    if cache[s, 0] == x and cache[s, 1] == y and cache[s, 2] == z: return s
+    s += 1
+    return s if cache[s, 0] == x and cache[s, 1] == y and cache[s, 2] == z else np.int64(-1)
 
 @inline
 def _keep_ids(cache, held, s, x, y, z, m, sym):
-    "Remember the m ids of a piece; `held` is the cache as int32."
+    "Remember the m ids of a piece in slot s, or in the next if that is taken; `held` is the cache as int32."
+    s += cache[s, 2] != 0
     cache[s, 0], cache[s, 1], cache[s, 2], held[s, 6] = x, y, z, m
     for t in range(m): held[s, 7 + t] = sym[t]
 
@@ -593,7 +594,7 @@ def _keep_ids(cache, held, s, x, y, z, m, sym):
 @bare
 def _encode(b, w, ends, cls, han, digits, first, two, pairs, made, chars, cache, held, sym, rank, bos, out, stops):
     "Ids of documents into `out`, where each ends into `stops`; how many ids."
-    i, o, mask = 0, 0, len(cache) - 1
+    i, o, mask = 0, 0, len(cache) - 2
     for d in range(len(ends)):
         if bos >= 0: out[o], o = bos, o + 1
         while i < ends[d]:
@@ -609,7 +610,7 @@ def _encode(b, w, ends, cls, han, digits, first, two, pairs, made, chars, cache,
             else:
                 m = _merge(b, i, j, first, two, pairs, made, chars, sym, rank)
                 for t in range(m): out[o + t] = sym[t]
-                if short and m < 10: _keep_ids(cache, held, np.int64(h) & mask ^ o & 1, x, y, z, m, sym)
+                if short and m < 10: _keep_ids(cache, held, np.int64(h) & mask, x, y, z, m, sym)
             i, o = j, o + m
         stops[d] = o
     return o
@@ -621,13 +622,13 @@ class Encoder:
         first,                         # (256,) id of each byte
         merges,                        # (n, 3): a, b, id of a + b, in the order of their ranks; ids below 2^19
         han: int = 4, digits: int = 1, # see `split_pattern`
-        bits: int = 16,                # of the number of slots in a cache, 64 bytes each
+        bits: int = 17,                # of the number of slots in a cache, 64 bytes each
     ):
         merges, first = np.asarray(merges, np.int64).reshape(-1, 3), np.asarray(first, np.int64)
         self.limits, self.bits, self.caches = (han, digits), bits, []
-        two, pairs = np.zeros(65536, np.int64), np.zeros(1 << (3 * len(merges)).bit_length(), np.int64)
+        two, pairs = np.zeros(65536, np.int32), np.zeros(1 << (3 * len(merges)).bit_length(), np.int64)
         _tables(merges, first, pairs, two)
-        tables = first, two, pairs, np.append(0, merges[:, 2])
+        tables = first, two, pairs, np.append(0, merges[:, 2]).astype(np.int32)
         self.tables = *tables, _chars(first, merges, *tables[1:])
 
 # %% ../nbs/01c_fastbpe.ipynb #5d63abc2

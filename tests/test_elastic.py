@@ -71,9 +71,9 @@ def test_only_a_restart_of_the_same_launch_goes_on(tmp_path, monkeypatch):
     assert not Trainer.restarted(trainer)
 
 def test_parameters_split_on_the_way(whole):
-    "Resumed on three ranks that split the parameters, then on one that has them all: the losses stay those of two ranks."
+    "Resumed on four ranks that split the parameters, then on one that has them all: the losses stay those of two ranks."
     base, want = whole
-    for step, settings in ((8, dict(n_gpu=3, shard="true")), (16, dict(n_gpu=1))):
+    for step, settings in ((8, dict(n_gpu=4, shard="true")), (16, dict(n_gpu=1))):
         cut_back(base, step)
         status, out, err = run(base, "--resume", keep=0, **TWO | settings)
         assert status == 0, err

@@ -35,9 +35,9 @@ def _rank(rank, world, folder, arch):
         (loss, weights, state, whole), (again, parts, shares, held) = seen.values()
         torch.testing.assert_close(again, loss, atol=1e-5, rtol=0)
         assert weights.keys() == parts.keys()
-        for k, v in weights.items(): assert (parts[k] - v).norm() <= 1e-4 * v.norm() + 1e-6
+        for k, v in weights.items(): assert (parts[k] - v).norm() <= 2e-3 * v.norm()
         for i, s in state.items():
-            for k, v in s.items(): assert (shares[i][k] - v).norm() <= 1e-4 * v.norm()
+            for k, v in s.items(): assert (shares[i][k] - v).norm() <= 5e-3 * v.norm()
         assert held < 0.8 * whole
     low = make(arch, True, torch.bfloat16)
     assert abs(steps(*low, range(5), rank, world, torch.bfloat16) - seen[True][0]) < 0.05
