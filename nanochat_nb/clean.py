@@ -135,7 +135,7 @@ def _measure(texts: list[str], bins: int) -> dict:
     n, k, h = len(lens), len(CLASSES), _shingles(c, lens)
     counts = np.bincount(np.repeat(np.arange(n) * k, lens) + _tables()[0].take(c), minlength=n * k).reshape(n, k)
     f = dict(zip(CLASSES, counts.T)) | {"length": lens, "lines": counts[:, CLASSES.index("newline")] + 1}
-    f["bytes"] = np.fromiter((len(t.encode("utf-8", "replace")) for t in texts), np.int64, n)
+    f["bytes"] = np.fromiter((len(t if t.isascii() else t.encode("utf-8", "replace")) for t in texts), np.int64, n)
     same = c[1:] == c[:-1]
     at = np.flatnonzero(same[4:] & same[3:-1] & same[2:-2] & same[1:-3] & same[:-4])           # six in a row
     at = at[(c[at] > 0x3000) | np.isin(c[at], [33, 63, 126, 0x2026])]                          # ! ? ~ …
