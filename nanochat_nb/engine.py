@@ -136,7 +136,7 @@ class Engine:
 
 # %% ../nbs/05_engine.ipynb #7ca73466
 class Frozen(nn.Module):
-    "Linear layers of one input, to decode with: weights as bfloat16, or as int8 with one scale for each output."
+    "Linear layers of one input, to decode with: weights as products want them, or int8 with a scale for each output."
     def __init__(self, layers: list[nn.Linear], dtype: torch.dtype, int8: bool):
         super().__init__()
         self.source, self.dtype = [f.weight for f in layers], dtype
@@ -152,7 +152,9 @@ class Frozen(nn.Module):
         self.weight.copy_((w / scale[:, None]).round()); self.scale.copy_(scale)
 
     def forward(self, x):
-        y = F.linear(x.to(self.dtype), self.weight.to(self.dtype))
+        x, w = x.to(self.dtype), self.weight.to(self.dtype)
+        few = x.device.type == "cpu" and torch.compiler.is_compiling() and x.numel() <= 4 * x.size(-1)  # rows
+        y = (x[..., None, :].float() * w.float()).sum(-1).to(self.dtype) if few else F.linear(x, w)
         return y if self.scale is None else y * self.scale
 
 # %% ../nbs/05_engine.ipynb #15d6f209
@@ -167,9 +169,10 @@ def frozen_copy(model, dtype: torch.dtype, int8: bool):
 
 @patch
 def _refresh(self: Engine):
-    "The weights to decode with, brought up to date: the model's own in float32, else a smaller copy."
-    if self.dtype == torch.float32 and not self.int8: self.fast = self.model; return
-    if self.fast is None: self.fast, self.version = frozen_copy(self.model, self.dtype, self.int8), None
+    "The weights to decode with, brought up to date: a copy, or the model's own in float32 where that is as fast."
+    own = self.dtype == torch.float32 and not (self.compile and self.device.type == "cpu")
+    if own and not self.int8: self.fast = self.model; return
+    if self.fast in (None, self.model): self.fast, self.version = frozen_copy(self.model, self.dtype, self.int8), None
     version = [p._version for p in self.model.parameters()]
     if version != self.version:
         for m in self.fast.modules():
@@ -182,12 +185,12 @@ class Batch:
     def __init__(self, engine: Engine, rows: int, max_len: int):
         d, e, self.flying = engine.device, engine, []   # chunks under way: owners of the rows, tokens, when done
         self.engine, self.max_len, self.requests, self.graphs = engine, max_len, [None] * rows, {}
-        self.slots = Slots(e.model.cfg, rows, max_len + 1, d, e.dtype if d.type == "cuda" else torch.float32)
+        small = d.type == "cuda" or e.compile
+        self.slots = Slots(e.model.cfg, rows, max_len + 1, d, e.dtype if small else torch.float32)
         self.state, self.options = torch.full((rows, 5 + N_FORCED), -1, device=d), torch.ones(rows, 3, device=d)
         self.state[:, :5] = 0
         self.out = torch.zeros(rows, e.chunk, dtype=torch.long, device=d)
         self.recorded = []                              # steps whose tensors a graph reads
-
     def free(self) -> list[int]:
         "Rows without a request; those that have ended are let go."
         self.requests = [q if q and not q.ended else None for q in self.requests]
