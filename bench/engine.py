@@ -2,9 +2,9 @@
 a set of word problems answered together against one by one. Prints one table.
 
 python bench/engine.py --depth 12 --device cuda
-python bench/engine.py --depth 4 --vocab_size 1024 --seq_len 512 --device cpu --transformers --problems 50
+python bench/engine.py --depth 4 --vocab_size 1024 --seq_len 512 --device cpu --transformers --reference PATH --problems 50
 python bench/engine.py --base FOLDER --batches "" --problems 100                   a trained model and the world's word problems"""
-import argparse, os, statistics, time
+import argparse, os, statistics, sys, time
 import torch
 from nanochat_nb.engine import Engine
 from nanochat_nb.evals import is_right, load_engine, world_of
@@ -47,6 +47,7 @@ def main():
     ap.add_argument("--batches", default="1,16,128"); ap.add_argument("--prompt", type=int, default=16)
     ap.add_argument("--new", type=int, default=240); ap.add_argument("--eager", action="store_true", help="also without compiling")
     ap.add_argument("--int8", action="store_true"); ap.add_argument("--transformers", action="store_true")
+    ap.add_argument("--reference", default="", help="a checkout of karpathy/nanochat: its engine, on a model of its own of the same shape")
     ap.add_argument("--problems", type=int, default=0, help="answers in the one-by-one comparison; the batch answers 1,000")
     ap.add_argument("--base", default="", help="base folder of a run on the mini world: its fine-tuned model instead of a random one")
     a = ap.parse_args()
@@ -82,7 +83,26 @@ def main():
             def f():
                 with torch.no_grad(), rt.autocast(): hf.generate(x, max_new_tokens=a.new, min_new_tokens=a.new, do_sample=False)
             row("transformers", B, "greedy", f, B * a.new)
+    if a.reference: reference(a, rt, row)
     if a.problems: problems(a, rt, model, tok, row)
+
+class NoSpecial:
+    "What the reference's engine asks of a tokenizer; no token is special, so every row runs to its end."
+    def encode_special(self, name): return -1
+    def get_bos_token_id(self): return -1
+
+def reference(a, rt, row):
+    "Its engine, as it comes: float32 on a CPU, one prompt for all rows (it needs rustbpe to import)."
+    sys.path.insert(0, a.reference)
+    from nanochat.engine import Engine as Theirs
+    from nanochat.gpt import GPT as TheirGPT, GPTConfig as TheirConfig
+    cfg = config_from_depth(a.depth, a.vocab_size, a.seq_len)
+    with torch.device("meta"): model = TheirGPT(TheirConfig(a.seq_len, a.vocab_size, a.depth, cfg.n_head, cfg.n_head, cfg.n_embd, "L"))
+    model.to_empty(device=rt.device); model.init_weights(); model.eval()
+    e = Theirs(model, NoSpecial())
+    for B in map(int, filter(None, a.batches.split(","))):
+        x = torch.randint(0, 900, (a.prompt,), generator=torch.Generator().manual_seed(B)).tolist()
+        row("reference", B, "greedy", lambda: [None for _ in e.generate(x, B, a.new, 0.0)], B * a.new)
 
 def problems(a, rt, model, tok, row):
     "Prompts as long as GSM8K's and answers of many lengths, or the world's problems: 1,000 together, some of them one by one."

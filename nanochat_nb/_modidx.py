@@ -300,6 +300,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'nanochat_nb.fastbpe.PieceCounter.rows': ('fastbpe.html#piececounter.rows', 'nanochat_nb/fastbpe.py'),
                                      'nanochat_nb.fastbpe._add': ('fastbpe.html#_add', 'nanochat_nb/fastbpe.py'),
                                      'nanochat_nb.fastbpe._alone': ('fastbpe.html#_alone', 'nanochat_nb/fastbpe.py'),
+                                     'nanochat_nb.fastbpe._begin': ('fastbpe.html#_begin', 'nanochat_nb/fastbpe.py'),
                                      'nanochat_nb.fastbpe._char': ('fastbpe.html#_char', 'nanochat_nb/fastbpe.py'),
                                      'nanochat_nb.fastbpe._characters': ('fastbpe.html#_characters', 'nanochat_nb/fastbpe.py'),
                                      'nanochat_nb.fastbpe._chars': ('fastbpe.html#_chars', 'nanochat_nb/fastbpe.py'),

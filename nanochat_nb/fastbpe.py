@@ -515,11 +515,11 @@ def _characters(b, i, j, first, chars, sym):
         i += 3
     return n
 
-# %% ../nbs/01c_fastbpe.ipynb #9bfdbaa9
+# %% ../nbs/01c_fastbpe.ipynb #4f8e2ab1
 @bare
-def _merge(b, i, j, first, two, pairs, made, chars, sym, rank):
-    "Ids of the piece b[i:j] into `sym`; how many."
-    n, best = _characters(b, i, j, first, chars, sym) if b[i] >= 0xE3 else 0, np.int64(_NONE)
+def _begin(b, i, j, first, two, pairs, chars, sym, rank):
+    "Symbols of the piece b[i:j] and ranks of their pairs, before any merge; how many."
+    n = _characters(b, i, j, first, chars, sym) if b[i] >= 0xE3 else 0
     if n:
         for t in range(n - 1): rank[t] = _rank(sym[t], sym[t + 1], pairs)
     else:
@@ -527,6 +527,13 @@ def _merge(b, i, j, first, two, pairs, made, chars, sym, rank):
         for t in range(n): sym[t] = first[b[i + t]]
         for t in range(n - 1): rank[t] = two[np.int64(b[i + t]) << 8 | b[i + t + 1]]
     rank[n - 1] = _NONE
+    return n
+
+# %% ../nbs/01c_fastbpe.ipynb #9bfdbaa9
+@bare
+def _merge(b, i, j, first, two, pairs, made, chars, sym, rank):
+    "Ids of the piece b[i:j] into `sym`; how many."
+    n, best = _begin(b, i, j, first, two, pairs, chars, sym, rank), np.int64(_NONE)
     for t in range(n): best = min(best, rank[t])
     while best < _NONE:
         m, t, low, fresh = 0, 0, np.int64(_NONE), False
@@ -553,14 +560,16 @@ def _alone(b, first, two, pairs, made, once, chars, sym, rank):
 
 def _chars(first, merges, two, pairs, made) -> np.ndarray: # (len(_CJK),) int64
     "What `_characters` looks up."
-    chars, once, (b, _) = np.zeros(len(_CJK), np.int64), np.bincount(merges[:, 2], minlength=256) == 1, joined_texts(map(chr, _CJK))
+    chars, once = np.zeros(len(_CJK), np.int64), np.bincount(merges[:, 2], minlength=256) == 1
+    b, _ = joined_texts(map(chr, _CJK))
     names, parts = {int(x): bytes([k]) for k, x in enumerate(first)}, re.compile(rb"[^\x80-\xbf]?[\x80-\xbf]*")
     for x, y, z in zip(*merges.T.tolist()):
         if x not in names or y not in names: return chars  # used before it is made: from bytes, always
         names.setdefault(z, names[x] + names[y])
     _alone(b, first, two, pairs, made, once, chars, *np.empty((2, 3), np.int64))
     cut = [parts.findall(s) for s in names.values() if "\ufffd" in s.decode("utf-8", "replace")]
-    across = {(x, y) for c in cut for x, y in zip(c, c[1:-1]) if len(x) < 4 > len(y) and x[-1] > 0x7F and 0xE3 <= y[0] <= 0xE9}
+    across = {(x, y) for c in cut for x, y in zip(c, c[1:-1])
+              if len(x) < 4 > len(y) and x[-1] > 0x7F and 0xE3 <= y[0] <= 0xE9}
     b = b[:3 * len(chars)].reshape(-1, 3)
     for k, (x, y) in enumerate(sorted(across)):
         ends, begins = (b[:, 3 - len(x):] == list(x)).all(1), (b[:, :len(y)] == list(y)).all(1)

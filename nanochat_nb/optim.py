@@ -141,7 +141,8 @@ def _send(self: MuonAdamW, g: dict) -> list: # functions that wait for this rank
     "Begin to average a group's gradients: one stack, or those of each parameter; sharded ones are averaged already."
     ps = with_gradient(g)
     grads = [local(torch.zeros_like(p) if p.grad is None else p.grad) for p in ps]
-    if g["kind"] == "adamw": return [(lambda x=x: x) if sharded(p) else scatter_mean(torch.atleast_1d(x)) for p, x in zip(ps, grads)]
+    if g["kind"] == "adamw":
+        return [(lambda x=x: x) if sharded(p) else scatter_mean(torch.atleast_1d(x)) for p, x in zip(ps, grads)]
     if not ps: return []
     return [to_owners(torch.stack(grads), ps[0].size(0)) if sharded(ps[0]) else scatter_mean(torch.stack(grads))]
 
@@ -185,8 +186,8 @@ def even_out(
 
 # %% ../nbs/02a_optim.ipynb #cb659e70
 @patch
-def _direction(self: MuonAdamW, g: dict, grad: Tensor) -> Tensor: # (n, rows, cols), like grad; to be subtracted times lr
-    "Where matrices of one shape should go, as one stack."
+def _direction(self: MuonAdamW, g: dict, grad: Tensor) -> Tensor: # (n, rows, cols), to be subtracted times lr
+    "Which way matrices of one shape should go, from their (n, rows, cols) gradients."
     state = self.state[g["params"][0]]
     if not state: state["momentum"] = torch.zeros_like(grad)
     if g["beta2"]: state.setdefault("square", grad.new_zeros(neuron_means(grad).shape))

@@ -58,7 +58,7 @@ def shard_model(
     device,               # of this rank
     dtype: torch.dtype,   # in which parameters travel and products are computed; gradients travel in float32
 ) -> nn.Module:           # the same, every parameter a `DTensor` but the residual mix
-    "Split the parameters over the ranks (FSDP2, Zhao et al. 2023): each holds its rows, and of gradients and state too."
+    "Split parameters, and so gradients and state, over the ranks: each holds its rows (FSDP, Zhao et al. 2023)."
     mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     how = dict(mesh=init_device_mesh(torch.device(device).type, (dist.get_world_size(),)), mp_policy=mixed)
     for part in (*model.blocks, model.wte, *model.values.values()): fully_shard(part, **how)
@@ -88,6 +88,7 @@ def to_owners(
     wait = _exchange(full.view(world, m, k, -1))
     return lambda: wait().transpose(0, 1).reshape(m, k * world, -1)[:mine.stop - mine.start, :n_rows]
 
+# %% ../nbs/02f_sharding.ipynb #6a10b2e5
 def to_rows(
     t: Tensor,    # (matrices of this rank, rows, cols)
     n: int,       # matrices of all ranks
@@ -111,4 +112,5 @@ def whole_state(model: nn.Module) -> dict: # name → tensor; all ranks call it,
 def load_whole(model: nn.Module, state: dict):
     "Load such a state dict, the same on every rank; of a sharded model each rank takes its rows."
     if not any(isinstance(p, DTensor) for p in model.parameters()): return model.load_state_dict(state)
-    for k, t in model.state_dict().items(): local(t).copy_(state[k][share(len(t))[0]] if isinstance(t, DTensor) else state[k])
+    for k, t in model.state_dict().items():
+        local(t).copy_(state[k][share(len(t))[0]] if isinstance(t, DTensor) else state[k])
