@@ -74,8 +74,7 @@ def convert(
 # %% ../nbs/04a_convert.ipynb #dd7fa357
 def hold_out(
     rows: list[dict],       # conversations
-    fraction: float = 0.1,
-    seed: int = 42,
+    fraction: float = 0.1, seed: int = 42,
 ) -> tuple[list, list]:     # train, val
     "Held out by the hash of the first question, a tenth of each language: copies never stand on both sides."
     asked = [next(m["content"] for m in r["messages"] if m["role"] == "user") for r in rows]

@@ -131,62 +131,47 @@ def langs_of(
 ) -> pa.Array:        # "zh" or "en" of each
     "`lang_of` of a whole column."
     head = pc.utf8_slice_codeunits(texts.cast(pa.string()), 0, 2000)
-    raw, ends = np.frombuffer(head.buffers()[2] or b"", np.uint8), np.frombuffer(head.buffers()[1], np.int32).tolist()
-    chars, size = (f(head).to_pylist() for f in (pc.utf8_length, pc.binary_length))
-    zh = np.zeros(len(head), bool)
-    for i, (n, more) in enumerate((n, m - n) for n, m in zip(chars, size)):
-        if not more: continue                                       # pure ASCII is "en"
-        b = raw[ends[head.offset + i] : ends[head.offset + i + 1]]
-        han = np.count_nonzero((b - 0xE5) < 5) if more >= 0.4 * n else 0   # first bytes of U+5000 … U+9FFF, all Han
-        zh[i] = 0 < han >= 0.2 * n                                  # no fewer Han, no more letters: surely Chinese
-        letters = 0 if zh[i] else np.count_nonzero(((b | 32) - 97) < 26)    # of ASCII
-        if zh[i] or more < 0.4 * letters: continue                  # a Han character has 2 bytes more: surely not
-        zh[i] = 0 < han >= 0.2 * (n - np.count_nonzero(b < 128) + letters) or lang_of(texts[i].as_py()) == "zh"
+    rest = pc.replace_substring_regex(head, f"{_HAN.pattern}+", "")
+    chars, others = (pc.utf8_length(x).to_numpy() for x in (head, rest))
+    han = chars - others
+    zh = (han > 0) & (han >= 0.2 * chars)                     # no more letters than characters: surely Chinese
+    for i in np.flatnonzero((han > 0) & ~zh): zh[i] = lang_of(texts[i].as_py()) == "zh"
     return pc.if_else(pa.array(zh), "zh", "en")
 
 # %% ../nbs/00_data.ipynb #8eb8e3e4
-def _column_table(texts: pa.Array, lang: pa.Array | None) -> pa.Table:
+def _column_table(texts: pa.Array, lang: pa.Array) -> pa.Table:
     "Columns text and lang without the empty documents."
     texts.validate(full=True)                                     # is it UTF-8?
     keep = pc.and_(pc.invert(pc.utf8_is_space(texts)), pc.greater(pc.binary_length(texts), 0))
-    known = pc.is_in(lang, pa.array(["zh", "en"])) if lang is not None else None
-    if lang is None or not pc.all(known).as_py():
-        seen = langs_of(texts)
-        lang = seen if lang is None else pc.if_else(known, lang, seen)
+    known = pc.is_in(lang, pa.array(["zh", "en"]))
+    if not pc.all(known).as_py(): lang = pc.if_else(known, lang, langs_of(texts))
     table = pa.table({"text": texts.cast(pa.string()), "lang": lang.cast(pa.string())})
     return table if pc.all(keep).as_py() else table.filter(keep)
 
 
 # %% ../nbs/00_data.ipynb #ac99de84
-def text_tables(
-    path: str | Path,    # as for `read_documents`
-    rows: int = 1024,    # at most so many a table
-) -> Iterator[pa.Table]: # columns text, lang
-    "The documents of `read_documents`, whole columns at a time."
+def text_tables(path: str | Path) -> Iterator[pa.Table]: # columns text, lang
+    "The documents of `read_documents`, whole columns at a time, at most 1,024 documents a table."
     if Path(path).suffix != ".parquet":
         docs = read_documents(path)
-        while some := list(islice(docs, rows)): yield pa.Table.from_pylist(some)
+        while some := list(islice(docs, 1024)): yield pa.Table.from_pylist(some)
         return
     with _parquet(path, TEXT_COLUMNS) as f:
         columns = [[c for c in want if c in f.schema_arrow.names][:1] for want in (TEXT_COLUMNS, ["lang"])]
-        for b in f.iter_batches(rows, columns=sum(columns, []), use_threads=False):
-            texts, lang = b[columns[0][0]], b["lang"] if columns[1] else None
+        for b in f.iter_batches(1024, columns=sum(columns, []), use_threads=False):
+            texts, lang = b[columns[0][0]], b["lang"] if columns[1] else pa.nulls(len(b), pa.string())
             if texts.null_count or texts.type not in (pa.string(), pa.large_string()): list(read_documents(path))
             yield _column_table(texts, lang)
 
 # %% ../nbs/00_data.ipynb #44714642
-def _lot(
-    text: str,  # a document
-    seed: int,  # another seed, other numbers
-) -> float:     # in [0, 1), the same wherever and whenever it is computed
-    "A document's own lottery number."
+def _lot(text: str, seed: int) -> float:
+    "A document's own lottery number in [0, 1), the same wherever and whenever it is computed."
     h = hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode())
     return int.from_bytes(h.digest(), "big") / 2**64
 
 def choose_val(
     docs: list[dict],        # {"text", "lang"}
-    seed: int = 42,
-    fraction: float = 0.01,  # of the documents of each language
+    seed: int = 42, fraction: float = 0.01,  # of the documents of each language
     at_least: int = 64,      # documents of each language, if that is at most a tenth of them
 ) -> list[bool]:             # for each document: is it held out?
     "Hold out by the text's own hash, so that copies of a text never stand on both sides."
@@ -200,33 +185,30 @@ def choose_val(
     return [x <= limit[d["lang"]] for d, x in zip(docs, lots)]
 
 # %% ../nbs/00_data.ipynb #844810dc
-def _shard_entry(path: Path, split: str) -> dict:
-    "What the manifest says of one shard."
+def _shard_entry(path: Path, split: str, characters: int | None = None) -> dict:
+    "What the manifest says of one shard; its characters are counted if they are not told."
     with _parquet(path) as f:
         texts = (f.read_row_group(g, columns=["text"]).column(0) for g in range(f.num_row_groups))
-        return {"name": path.name, "split": split, "rows": f.metadata.num_rows,
-                "characters": sum(pc.sum(pc.utf8_length(t)).as_py() or 0 for t in texts),
-                "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        if characters is None: characters = sum(pc.sum(pc.utf8_length(t)).as_py() or 0 for t in texts)
+        return dict(name=path.name, split=split, rows=f.metadata.num_rows, characters=characters,
+                    bytes=path.stat().st_size, sha256=file_sha256(path))
 
 SCHEMA = pa.schema([("text", pa.string()), ("lang", pa.string())])
 
-def write_tables(path: Path, tables: Iterable[pa.Table]) -> None:
-    "Write one shard, whole or not at all, a table at a time."
+def write_tables(path: Path, tables: Iterable[pa.Table], split: str) -> dict:
+    "Write one shard, whole or not at all, a table at a time; returns its manifest entry."
+    characters = 0
     how = dict(compression="zstd", compression_level=3, use_dictionary=["lang"], write_statistics=["lang"])
     with atomic_path(path) as tmp, pq.ParquetWriter(tmp, SCHEMA, **how) as w:
-        for t in tables: w.write_table(t, row_group_size=1024)
-
-def _write_shard(path: Path, docs: list[dict], split: str) -> dict:
-    "Write one shard of documents; returns its manifest entry."
-    write_tables(path, [pa.table({k: [d[k] for d in docs] for k in ("text", "lang")}, SCHEMA)])
-    return _shard_entry(path, split)
+        for t in tables:
+            w.write_table(t, row_group_size=1024)
+            characters += pc.sum(pc.utf8_length(t["text"])).as_py() or 0
+    return _shard_entry(path, split, characters)
 
 # %% ../nbs/00_data.ipynb #66039da3
 @contextmanager
-def _new_folder(
-    folder: Path,  # final folder; an older one is replaced
-):                 # yields an empty folder beside it
-    "Build in the yielded folder; it takes the place of `folder` only if the block succeeds, else it is removed."
+def _new_folder(folder: Path):
+    "Yields a folder to build in; it takes the place of `folder` only if the block succeeds, else it is removed."
     new, old = (folder.with_name(f".{folder.name}.{x}") for x in ("new", "old"))
     try:
         for p in (new, old): shutil.rmtree(p, ignore_errors=True)
@@ -244,13 +226,10 @@ def _new_folder(
 def write_shards(
     docs: Iterable[dict],         # {"text", "lang"}; lang may be absent
     folder: str | Path,           # made, or replaced as a whole
-    *, source: str,               # said in the manifest, like the next three
-    revision: str = "",
-    licence: str = "",
-    recipe: dict | None = None,   # whatever determines the outcome
+    *, source: str,               # said in the manifest, like the next two
+    licence: str = "", recipe: dict | None = None,   # whatever determines the outcome
     seed: int = 42,               # of the shuffle and of the split
-    val_fraction: float = 0.01,
-    chars_per_shard: int = 250_000_000,
+    val_fraction: float = 0.01, chars_per_shard: int = 250_000_000,
 ) -> dict:                        # the manifest
     "Shuffle documents, hold some out, write shards and manifest; same input and seed, same bytes."
     docs = [{"text": d["text"], "lang": d.get("lang") or lang_of(d["text"])} for d in docs]
@@ -261,8 +240,9 @@ def write_shards(
         raise NanochatError(f"source {source!r} has {len(docs)} documents; expected at least two that differ")
     with _new_folder(Path(folder)) as new:
         runs = [(s, run) for s in parts for run in _runs(parts[s], chars_per_shard, lambda d: len(d["text"]))]
-        shards = [_write_shard(new / f"shard_{i:05d}.parquet", run, s) for i, (s, run) in enumerate(runs)]
-        about = dict(source=source, revision=revision, licence=licence, recipe=recipe or {}, seed=seed, shards=shards)
+        shards = [write_tables(new / f"shard_{i:05d}.parquet", [pa.Table.from_pylist(run, SCHEMA)], s)
+                  for i, (s, run) in enumerate(runs)]
+        about = dict(source=source, revision="", licence=licence, recipe=recipe or {}, seed=seed, shards=shards)
         write_json(new / "manifest.json", about)
     return about
 
@@ -274,17 +254,15 @@ def read_manifest(folder: str | Path) -> dict:
     raise NanochatError(f"{folder} has no manifest.json, so no shards; run python -m nanochat_nb.data first")
 
 def shard_paths(
-    folder: str | Path,
-    split: str,   # "train" or "val"
-) -> list[Path]:  # in the order of the manifest
+    folder: str | Path, split: str,   # "train" or "val"
+) -> list[Path]:                      # in the order of the manifest
     "Shards of a split."
     paths = [Path(folder) / s["name"] for s in read_manifest(folder)["shards"] if s["split"] == split]
     if paths: return paths
     raise NanochatError(f"{folder} has no shard of split {split!r}{did_you_mean(split, ['train', 'val'])}")
 
 def iter_texts(
-    folder: str | Path,
-    split: str = "train",
+    folder: str | Path, split: str = "train",
     lang: str = "",        # "zh" or "en"; empty: both
 ) -> Iterator[str]:
     "Documents of a split, shard by shard, in order."
@@ -335,15 +313,6 @@ def verify(folder: str | Path) -> list[str]:
         return [*filter(None, pool.map(partial(_damage, Path(folder)), read_manifest(folder)["shards"]))]
 
 # %% ../nbs/00_data.ipynb #b175366c
-def _check_content(content, role: str, at: str) -> None:
-    "Raise unless `content` is a string or, for the assistant, a list of typed parts."
-    parts = content if isinstance(content, list) and role == "assistant" else [{"type": "text", "text": content}]
-    for p in parts:
-        kind, text = (p.get("type"), p.get("text")) if isinstance(p, dict) else (None, None)
-        if kind not in ("text", "python", "python_output") or not isinstance(text, str):
-            raise NanochatError(f"{at}: content must be a string or, for the assistant, "
-                                "a list of {'type': 'text' | 'python' | 'python_output', 'text': …}")
-
 def _check_conversation(row: dict, where: str) -> None:
     "Raise unless user and assistant take turns, after an optional system message."
     messages = row.get("messages")
@@ -355,7 +324,12 @@ def _check_conversation(row: dict, where: str) -> None:
         at, want = f"{where}, message {i + 1}", "system" if i < first else ("user", "assistant")[(i - first) % 2]
         if m.get("role") != want:
             raise NanochatError(f"{at}: role is {m.get('role')!r}, expected {want!r}; user and assistant take turns")
-        _check_content(m.get("content"), want, at)
+        said = m.get("content")
+        for p in said if isinstance(said, list) and want == "assistant" else [{"type": "text", "text": said}]:
+            kind, text = (p.get("type"), p.get("text")) if isinstance(p, dict) else (None, None)
+            if kind not in ("text", "python", "python_output") or not isinstance(text, str):
+                raise NanochatError(f"{at}: content must be a string or, for the assistant, "
+                                    "a list of {'type': 'text' | 'python' | 'python_output', 'text': …}")
 
 # %% ../nbs/00_data.ipynb #b83690ba
 def read_conversations(
@@ -476,8 +450,8 @@ def _fetch_shards(cfg: DataSettings, folder: Path, which: list[int]) -> None:
     def keep(path, info):
         i = int(path.stem.split("_")[-1])
         if not _lacking(folder, _known(folder, about), [i]): return           # another process entered it
-        if raw: write_tables(folder / _name(i), text_tables(path))
-        _enter(folder, about, _shard_entry(folder / _name(i), "val" if i == hub["shards"] - 1 else "train"))
+        target, split = folder / _name(i), "val" if i == hub["shards"] - 1 else "train"
+        _enter(folder, about, write_tables(target, text_tables(path), split) if raw else _shard_entry(target, split))
         if raw: path.unlink()
     with _locked(raw) if raw else nullcontext():
         if not (todo := _lacking(folder, _known(folder, about), which)): return
@@ -516,9 +490,9 @@ def _ready(cfg: DataSettings, folder: Path) -> bool:
     whole = not any(_damage(folder, s, quick=True) for s in m["shards"])
     return whole and (m["recipe"], m["seed"]) == (_recipe(cfg), cfg.seed)
 
-def _check(cfg: DataSettings) -> None:
-    "Raise on settings that no source could satisfy."
-    for name in ("workers", "chars_per_shard", "n_chars", "n_people"):
+def _check(cfg, *counts: str) -> None:
+    "Raise on settings that no source could satisfy: a count of none, everything or nothing held out."
+    for name in counts:
         if getattr(cfg, name) < 1: raise NanochatError(f"{name}={getattr(cfg, name)}: expected at least 1")
     if not 0 < cfg.val_fraction < 1: raise NanochatError(f"val_fraction={cfg.val_fraction}: expected a share, say 0.01")
 
@@ -536,11 +510,9 @@ def _elsewhere(cfg: DataSettings, folder: Path) -> bool:
 
 
 # %% ../nbs/00_data.ipynb #03b088f0
-def prepare(
-    cfg: DataSettings,
-) -> Path:  # base_data/<source>, which holds manifest.json and the shards
+def prepare(cfg: DataSettings) -> Path: # base_data/<source>, which holds manifest.json and the shards
     "Make or fetch the shards of a source; what is there already, by the same recipe, is kept."
-    _check(cfg)
+    _check(cfg, "workers", "chars_per_shard", "n_chars", "n_people")
     folder, start = source_folder(cfg), time.time()
     if _elsewhere(cfg, folder) or _ready(cfg, folder): return folder
     if cfg.source in HUBS: _fetch_shards(cfg, folder, _wanted(cfg))
@@ -562,9 +534,7 @@ def find_data(
     return folder if (folder / "manifest.json").exists() else prepare(cfg)
 
 # %% ../nbs/00_data.ipynb #c0fa2363
-def repair(
-    cfg: DataSettings,
-) -> list[str]:  # the problems that were mended, as `verify` names them
+def repair(cfg: DataSettings) -> list[str]: # the problems that were mended, as `verify` names them
     "Fetch or make again those shards of a prepared source that are missing, short or altered."
     folder = source_folder(cfg)
     if not (bad := verify(folder)): return []

@@ -8,8 +8,7 @@ __all__ = ['MODELSCOPE', 'PACKAGES', 'remote_info', 'file_sha256', 'fetch', 'fet
 
 # %% ../nbs/00c_fetch.ipynb #cdd64d44
 import contextlib, errno, fcntl, hashlib, http.client, json, os, re, sqlite3, ssl, subprocess, sys, tempfile
-import threading, time
-import urllib.error, urllib.parse, urllib.request, zipfile
+import threading, time, urllib.error, urllib.parse, urllib.request, zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -42,9 +41,8 @@ def _open(url: str, timeout: float, method: str = "GET", **headers):
 
 # %% ../nbs/00c_fetch.ipynb #a22ef7f5
 def remote_info(
-    url: str,
-    timeout: float = 30.0,  # seconds without a byte
-) -> dict:                  # size in bytes; sha256, version (the ETag) and revision, empty if not told
+    url: str, timeout: float = 30.0,  # seconds without a byte
+) -> dict:                            # size in bytes; sha256, version (the ETag) and revision, empty if not told
     "What the hub says of a file, without fetching it."
     r, seen = _open(url, timeout, "HEAD")
     r.close()
@@ -171,8 +169,7 @@ def _bring(url: str, path: Path, info: dict, timeout: float, stop: threading.Eve
 
 # %% ../nbs/00c_fetch.ipynb #02c1d896
 def fetch(
-    url: str,
-    path: str | Path,       # final file; `<path>.part` holds what has come so far
+    url: str, path: str | Path,  # final file; `<path>.part` holds what has come so far
     tries: int = 6,         # failures in a row that bring nothing new
     timeout: float = 30.0,  # seconds without a byte
     wait: float = 1.0,      # first pause in seconds, doubled every time
@@ -253,10 +250,10 @@ def artefact_url(
     return f"{base}/{folder}{repo}/resolve/{revision or pinned or 'main'}/{urllib.parse.quote(path)}"
 
 # %% ../nbs/00c_fetch.ipynb #a8e73060
-def _reachable(url: str, tries: int, timeout: float) -> dict:
+def _reachable(url: str, tries: int) -> dict:
     "What the hub says of a file, or why it cannot be reached."
     for i in range(tries):
-        try: return {"url": url} | remote_info(url, timeout)
+        try: return {"url": url} | remote_info(url, timeout=10)
         except Exception as e:
             try: why, after = _reason(e, url, Path())
             except NanochatError as stays: return {"url": url, "error": str(stays)}
@@ -266,17 +263,14 @@ def _reachable(url: str, tries: int, timeout: float) -> dict:
 # %% ../nbs/00c_fetch.ipynb #776e294f
 def preflight(
     items: Iterable[tuple],  # (repo, path) or (repo, path, kind), as `artefact_url` takes them
-    endpoint: str = "",
-    tries: int = 3,
-    timeout: float = 10.0,   # seconds without a byte
-    workers: int = 8,        # questions at a time
+    endpoint: str = "", tries: int = 3,
 ) -> list[dict]:             # url, size, sha256, version, revision of each
     "Ask for the headers of everything a recipe needs; what cannot be reached is one error that names it all."
     urls = [artefact_url(*item, endpoint=endpoint) for item in items]
-    told, host = [_reachable(u, tries, timeout) for u in urls[:1]], lambda u: urllib.parse.urlsplit(u).netloc
+    told, host = [_reachable(u, tries) for u in urls[:1]], lambda u: urllib.parse.urlsplit(u).netloc
     down = [host(t["url"]) for t in told if "urlopen error" in t.get("error", "")]       # offline: an answer at once
-    def ask(u): return {"url": u, "error": f"{u}: likewise"} if host(u) in down else _reachable(u, tries, timeout)
-    with ThreadPoolExecutor(workers) as pool: told += pool.map(ask, urls[1:])
+    def ask(u): return {"url": u, "error": f"{u}: likewise"} if host(u) in down else _reachable(u, tries)
+    with ThreadPoolExecutor(8) as pool: told += pool.map(ask, urls[1:])
     if bad := [t["error"] for t in told if "error" in t]:
         raise NanochatError(f"{len(bad)} of {len(urls)} files cannot be reached: {'; '.join(bad)}")
     return told

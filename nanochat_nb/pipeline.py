@@ -117,8 +117,7 @@ def drop_words(text: str, p: float, rng: random.Random) -> str:
     return _UNIT.sub(lambda m: "" if rng.random() < p else m[0], text)
 
 def back_translate(
-    text: str,
-    there: Callable[[str], str],  # into the other language: a model, a service, a dictionary
+    text: str, there: Callable[[str], str],  # into the other language: a model, a service, a dictionary
     back: Callable[[str], str],   # and back
 ) -> str | None:                  # the paraphrase; None where it says nothing new or lost its length
     "A paraphrase by translating there and back."
@@ -126,9 +125,7 @@ def back_translate(
     return new if new != text and 0.5 * len(text) <= len(new) <= 2 * len(text) else None
 
 # %% ../nbs/00e_clean_more.ipynb #35755492
-def difficulty(
-    texts: list[str],
-) -> np.ndarray:       # (texts,) from 0, easy, to 1
+def difficulty(texts: list[str]) -> np.ndarray: # (texts,) from 0, easy, to 1
     "Mean rank of length and of the characters' rarity among these texts."
     c, lens = _codes(texts)
     _, which, n = np.unique(c, return_inverse=True, return_counts=True)
@@ -136,11 +133,7 @@ def difficulty(
     ranks = [np.argsort(np.argsort(x, kind="stable")) for x in (lens, bits / np.maximum(lens, 1))]
     return np.mean(ranks, axis=0) / max(len(texts) - 1, 1)
 
-def curriculum(
-    texts: list[str],
-    stages: int = 4,
-    seed: int = 0,
-) -> list[int]:        # an order of all texts
+def curriculum(texts: list[str], stages: int = 4, seed: int = 0) -> list[int]: # an order of all texts
     "Indices from easy to hard, shuffled within each stage."
     rng, order = random.Random(seed), np.argsort(difficulty(texts), kind="stable")
     return [i for part in np.array_split(order, stages) for i in rng.sample(part.tolist(), len(part))]

@@ -65,8 +65,7 @@ def hours(flops: float, n_gpu: int, tflops: float, mfu: float = MFU) -> float:
 
 # %% ../nbs/02d_plan.ipynb #5dd5ab48
 def disk_plan(
-    cfg: GPTConfig,
-    text_bytes: float,     # compressed shards
+    cfg: GPTConfig, text_bytes: float,  # compressed shards
     cache_tokens: int = 0, # tokens written to a cache beforehand; 0: no cache
 ) -> dict:                 # bytes of every folder
     "What stands on the disk at the end, one checkpoint a stage; while one is written there are two of its stage."

@@ -7,10 +7,9 @@ __all__ = ['held_out', 'parse_sources', 'Stream', 'blend', 'RepackageSettings', 
 
 # %% ../nbs/00d_repackage.ipynb #91d159c0
 import hashlib, json, math, re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
 import numpy as np, pyarrow as pa, pyarrow.compute as pc
@@ -32,32 +31,14 @@ def held_out(
     digest = (hashlib.blake2b(raw[a:b], digest_size=8, key=key).digest() for a, b in pairwise(at))
     return np.frombuffer(b"".join(digest), ">u8") / 2**64 < fraction
 
-# %% ../nbs/00d_repackage.ipynb #e7714fef
-def _hands(tables: Iterable[pa.Table], size: int = 32_000_000) -> Iterator[pa.Table]:
-    "Tables joined to about `size` bytes each."
-    hand, n = [], 0
-    for t in tables:
-        hand.append(t)
-        n += t.nbytes
-        if n >= size:
-            yield pa.concat_tables(hand).combine_chunks()
-            hand, n = [], 0
-    if hand: yield pa.concat_tables(hand).combine_chunks()
-
-
 # %% ../nbs/00d_repackage.ipynb #5201d666
-def _scatter(
-    tables: Iterable[pa.Table],  # columns text, lang, held
-    folder: Path,                # of the piles
-    piles: tuple[int, int],      # for training, for validation
-    seed: int,
-    fraction: float,             # to hold out besides those that are held already
-) -> list[list[Path]]:           # piles of training, piles of validation
-    "Deal documents out to piles by lot."
+def _scatter(tables: Iterable[pa.Table], folder: Path, piles: tuple, seed: int, fraction: float) -> list[list[Path]]:
+    "Deal documents by lot to piles of training and of validation, so many of each; `fraction` more are held out."
     names, rng = [folder / f"{i}.arrow" for i in range(sum(piles))], np.random.default_rng(seed)
     with ExitStack() as open_files:
         out = [open_files.enter_context(pa.ipc.new_stream(str(p), SCHEMA)) for p in names]
-        for t in _hands(tables):
+        for hand in data._runs(tables, 32_000_000, lambda t: t.nbytes):
+            t = pa.concat_tables(hand).combine_chunks()
             lot, held = rng.random(t.num_rows), t["held"].to_numpy() | held_out(t["text"].chunk(0), seed, fraction)
             pile = np.where(held, piles[0] + (lot * piles[1]).astype(int), (lot * piles[0]).astype(int))
             order = np.argsort(pile, kind="stable")
@@ -95,17 +76,8 @@ def _row_groups(tables: Iterable[pa.Table], size: int) -> Iterator[tuple[int, pa
 # %% ../nbs/00d_repackage.ipynb #72b58afd
 def _write_split(tables: Iterable[pa.Table], folder: Path, split: str, first: int, size: int) -> list[dict]:
     "Write the shards of a split, numbered from `first`; their manifest entries."
-    out, total = [], Counter()
-    def counted(groups):
-        for _, t in groups:
-            total.update(rows=t.num_rows, characters=pc.sum(pc.utf8_length(t["text"])).as_py())
-            yield t
-    for i, groups in groupby(_row_groups(tables, size), key=lambda x: x[0]):
-        total.clear()
-        write_tables(path := folder / f"shard_{first + i:05d}.parquet", counted(groups))
-        out.append({"name": path.name, "split": split, **total,
-                    "bytes": path.stat().st_size, "sha256": file_sha256(path)})
-    return out
+    shards = groupby(_row_groups(tables, size), key=lambda x: x[0])
+    return [write_tables(folder / data._name(first + i), (t for _, t in groups), split) for i, groups in shards]
 
 # %% ../nbs/00d_repackage.ipynb #234dad49
 def parse_sources(
@@ -134,9 +106,7 @@ class Stream:
     got: int = 0               # characters
     rows: int = 0
     rounds: int = 0            # how often it was read to its end
-    tables: Iterator = field(init=False, default=None)
-    def __post_init__(self): self.tables = self._read()
-    def _read(self) -> Iterator[pa.Table]:
+    def tables(self) -> Iterator[pa.Table]:
         while not self.rounds or self.rows:            # nothing in the first round: nothing ever
             for path, held in self.files:
                 for t in text_tables(path):
@@ -148,7 +118,7 @@ class Stream:
 # %% ../nbs/00d_repackage.ipynb #44bfd606
 def _pieces(s: Stream, size: int = 1 << 15) -> Iterator[pa.Table]:
     "The tables of a stream in pieces of at most about `size` characters, counted; an empty one after every round."
-    for t in s.tables:
+    for t in s.tables():
         chars = pc.sum(pc.utf8_length(t["text"])).as_py() or 1
         rows = max(1, t.num_rows * min(size, 1024 + s.got // 64) // chars)          # small at first, for exact shares
         for i in range(0, t.num_rows, rows):
@@ -230,9 +200,7 @@ def _check(cfg: RepackageSettings, parts: list[tuple]) -> None:
     if cfg.stop not in stops: raise NanochatError(f"stop={cfg.stop!r}{did_you_mean(cfg.stop, stops)}")
     if cfg.zh != -1 and not 0 <= cfg.zh <= 1: raise NanochatError(f"zh={cfg.zh}: expected a share, 0 … 1, or -1")
     if cfg.zh != -1 and parts[0][2]: raise NanochatError("zh is a share: give the sources weights, not counts")
-    if not 0 < cfg.val_fraction < 1: raise NanochatError(f"val_fraction={cfg.val_fraction}: expected a share, say 0.01")
-    for name in ("chars_per_shard", "pile_mb"):
-        if getattr(cfg, name) < 1: raise NanochatError(f"{name}={getattr(cfg, name)}: expected at least 1")
+    data._check(cfg, "chars_per_shard", "pile_mb")
 
 # %% ../nbs/00d_repackage.ipynb #560d1725
 def _streams(cfg: RepackageSettings, parts: list[tuple], files: dict) -> tuple[list[Stream], Iterator[pa.Table]]:
@@ -258,16 +226,13 @@ def _piles(cfg: RepackageSettings, parts: list[tuple], files: dict) -> tuple[int
     return min(512, math.ceil(piles) or 1), min(128, math.ceil(piles * cfg.val_fraction) or 1)
 
 # %% ../nbs/00d_repackage.ipynb #826eca10
-def repackage(
-    cfg: RepackageSettings,
-) -> Path:  # folder of the shards, which any `source` setting takes
+def repackage(cfg: RepackageSettings) -> Path: # folder of the shards, which any `source` setting takes
     "Shuffle any sources into shards of about `chars_per_shard` characters; same input and settings, same bytes."
     parts = parse_sources(cfg.source) if cfg.source else []
     _check(cfg, parts)
-    files, rights = {}, set()
-    for name, _, _ in parts:
-        files[name], licence = _files(name, cfg)
-        rights.add(licence)
+    found = {name: _files(name, cfg) for name, _, _ in parts}
+    files = {name: some for name, (some, _) in found.items()}
+    rights = sorted({licence for _, licence in found.values()})
     folder = _folder(cfg, [p for some in files.values() for p, _ in some])
     with data._locked(folder), data._new_folder(folder) as new:
         (new / "piles").mkdir()
@@ -278,8 +243,10 @@ def repackage(
             shards += _write_split(_gather(some, cfg.seed), new, split, len(shards), cfg.chars_per_shard)
         (new / "piles").rmdir()
         _enough(cfg, streams, shards)
-        write_json(new / "manifest.json", dict(source=cfg.source, revision="", licence="; ".join(sorted(rights)),
-                                               recipe=_recipe(cfg, streams), seed=cfg.seed, shards=shards))
+        about = {k: getattr(cfg, k) for k in ("source", "zh", "stop", "val_fraction", "chars_per_shard", "pile_mb")}
+        read = [{k: getattr(s, k) for k in ("name", "lang", "got", "rows", "rounds")} for s in streams]
+        write_json(new / "manifest.json", dict(source=cfg.source, revision="", licence="; ".join(rights),
+                                               recipe=about | {"read": read}, seed=cfg.seed, shards=shards))
     return folder
 
 # %% ../nbs/00d_repackage.ipynb #d89d55e9
@@ -292,10 +259,7 @@ def _enough(cfg: RepackageSettings, streams: list[Stream], shards: list[dict]) -
         raise NanochatError(f"of {sum(s.rows for s in streams)} documents in {cfg.source} all fell to one split "
                             f"at val_fraction={cfg.val_fraction}; expected both to have some: raise it, or add text")
 
-def _recipe(cfg: RepackageSettings, streams: list[Stream]) -> dict:
-    "Everything, besides the seed and the files, that determines the shards; and what was read."
-    about = {k: getattr(cfg, k) for k in ("source", "zh", "stop", "val_fraction", "chars_per_shard", "pile_mb")}
-    return about | {"read": [{k: getattr(s, k) for k in ("name", "lang", "got", "rows", "rounds")} for s in streams]}
+
 
 # %% ../nbs/00d_repackage.ipynb #03febfc4
 def upload(

