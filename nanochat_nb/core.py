@@ -25,7 +25,8 @@ from .model import attention
 from .runtime import Metrics, barrier, broadcast_object, close_runtime, init_runtime, print0, read_metrics
 from .checkpoint import latest_step, steps_in
 from .engine import Engine
-from .evals import exam_rows, find_checkpoint, load_engine, stage_record, wilson, world_of
+from .evals import (exam_rows, find_checkpoint, load_engine, markdown_table, stage_record, wilson,
+                               world_of)
 
 # %% ../nbs/06a_core.ipynb #e951a334
 FORMS = {"multiple_choice": ("query", "choices", "gold"), "schema": ("context_options", "continuation", "gold"),
