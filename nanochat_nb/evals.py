@@ -294,11 +294,10 @@ def sit_tasks(
     exams: dict,  # name → items, of `tasks.exam_items`
 ) -> dict:        # name → row as of `run_exam`; too_long: left out; subjects and subject_mean where there are any
     "Sit the public exams; one that cannot be marked on this system is left out, and said so."
-    out, room = {}, engine.model.cfg.seq_len
-    def fits(x): return len(engine.tok.render_prompt(x["messages"])) + 4 <= room
+    out, room = {}, engine.seq_len
     for name, items in tqdm(exams.items(), desc="tasks", leave=False, disable=None):
         if "test" in items[0] and (why := no_limits()): print(f"{name}: {why}"); continue
-        asked = [x for x in items if fits(x)]
+        asked = [x for x in items if len(engine.tok.render_prompt(x["messages"])) + 4 <= room]
         if asked: out[name] = run_exam(engine, asked, "") | dict(too_long=len(items) - len(asked))
         else: print(f"{name}: none of {len(items)} questions fits a context of {room} tokens")
     return out

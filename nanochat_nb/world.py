@@ -429,19 +429,19 @@ IDENTITY = {  # the model should know who it is: 小册, Xiaoce, "booklet"
 # %% ../nbs/00a_world.ipynb #560285a1
 CHATS = {"fact": 34, "mcq": 8, "arithmetic": 20, "translation": 20, "spelling": 8, "identity": 4, "turns": 6}
 
-def conversation(w: World, lang: str, rng, shares: dict = CHATS) -> tuple[str, list[dict]]:
-    "One conversation for fine-tuning: its kind and its messages."
+def conversation(w: World, lang: str, rng, shares: dict = CHATS) -> dict: # {"messages", "kind", "lang"}
+    "One conversation for fine-tuning."
     kind = rng.choices(list(shares), list(shares.values()))[0]
-    if kind in TASKS: return kind, _msgs(*TASKS[kind](w, lang, rng)[:2])
-    if kind == "fact": return kind, _msgs(*ask_fact(w, lang, rng)[:2])
-    if kind == "mcq":
+    if kind in TASKS: turns = TASKS[kind](w, lang, rng)[:2]
+    elif kind == "fact": turns = ask_fact(w, lang, rng)[:2]
+    elif kind == "mcq":
         x = four_choices(w, lang, rng)
-        return kind, _msgs(x["letter"], "ABCD"[x["label"]])
-    hello = rng.choice(IDENTITY[lang])
-    if kind == "identity": return kind, _msgs(*hello)
-    e = rng.choice(w.taught)                             # a greeting, then two questions on one person
-    asked = [(_question(e, k, lang, rng), say_fact(e, k, lang)) for k in rng.sample(list(e.facts), 2)]
-    return kind, _msgs(*hello, *asked[0], *asked[1])
+        turns = x["letter"], "ABCD"[x["label"]]
+    else: turns = rng.choice(IDENTITY[lang])
+    if kind == "turns":                                  # a greeting, then two questions on one person
+        e = rng.choice(w.taught)
+        for k in rng.sample(list(e.facts), 2): turns += _question(e, k, lang, rng), say_fact(e, k, lang)
+    return {"messages": _msgs(*turns), "kind": kind, "lang": lang}
 
 # %% ../nbs/00a_world.ipynb #fd0c7b8f
 def conversations(
@@ -455,12 +455,7 @@ def conversations(
         raise NanochatError(f"unknown kind of conversation {bad[0]!r}; valid kinds: {', '.join(CHATS)}")
     shares = {k: v for k, v in CHATS.items() if not kind or k in kind.split("+")}
     rng = random.Random(f"conversations {seed}")
-    out = []
-    for _ in range(n):
-        lang = rng.choice(("zh", "en"))
-        told, messages = conversation(world, lang, rng, shares)
-        out.append({"messages": messages, "kind": told, "lang": lang})
-    return out
+    return [conversation(world, rng.choice(("zh", "en")), rng, shares) for _ in range(n)]
 
 # %% ../nbs/00a_world.ipynb #63e4c061
 EXAMS = ("mcq", "arithmetic", "spelling", "translation")
