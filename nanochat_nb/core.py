@@ -25,7 +25,7 @@ from .model import attention
 from .runtime import Metrics, barrier, broadcast_object, close_runtime, init_runtime, print0, read_metrics
 from .checkpoint import latest_step, steps_in
 from .engine import Engine
-from .evals import exam_rows, find_checkpoint, load_engine, stage_record, wilson, world_of
+from .evals import exam_rows, find_checkpoint, load_engine, markdown_table, stage_record, wilson, world_of
 
 # %% ../nbs/06a_core.ipynb #e951a334
 FORMS = {"multiple_choice": ("query", "choices", "gold"), "schema": ("context_options", "continuation", "gold"),
@@ -349,14 +349,14 @@ def run_core(cfg: CoreSettings) -> dict: # {"settings": …, "runs": {name: `cor
 # %% ../nbs/06a_core.ipynb #8b6627e4
 def core_markdown(report: dict) -> str:
     "Tasks down, checkpoints across: centred scores; the 95 % interval of CORE."
-    runs, rows = report["runs"], next(iter(report["runs"].values()))["tasks"]
-    out = ["| task | shots | n | chance | " + " | ".join(runs) + " |", "|---" * (4 + len(runs)) + "|"]
-    for k, r in rows.items():
+    runs, rows = report["runs"], []
+    for k, r in next(iter(runs.values()))["tasks"].items():
         cells = [f"{x['acc']:.3f} → {x['centred']:.3f}" + f" ({x['cut']} cut)" * bool(x["cut"])
                  for x in (c["tasks"][k] for c in runs.values())]
-        out.append(f"| {k} | {r['shots']} | {r['n']} | {r['chance']:.2f} | {' | '.join(cells)} |")
+        rows.append([k, r["shots"], r["n"], f"{r['chance']:.2f}", *cells])
     total = [f"**{c['core']:.4f}** ({c['ci95'][0]:.3f} – {c['ci95'][1]:.3f})" for c in runs.values()]
-    return "\n".join([*out, f"| **CORE** | | | | {' | '.join(total)} |"]) + "\n"
+    rows.append(["**CORE**", "", "", "", *total])
+    return "\n".join(markdown_table(["task", "shots", "n", "chance", *runs], rows)) + "\n"
 
 # %% ../nbs/06a_core.ipynb #f189dd43
 def read_run(
@@ -382,22 +382,21 @@ def comparison(
     price: float = 0.0,  # dollars a GPU-hour
 ) -> str:
     "Runs side by side as a page; a score is bold where its interval lies clear above all others."
-    line = lambda name, cells: f"| {name} | {' | '.join(map(str, cells))} |"
-    out = [line("", (r["name"] for r in runs)), "|---" * (len(runs) + 1) + "|"]
+    out = []
     for k in dict.fromkeys(k for r in runs for k in r.get("settings", {})):
         values = [r.get("settings", {}).get(k, "") for r in runs]
-        if len(set(map(str, values))) > 1: out.append(line(f"`{k}`", values))
+        if len(set(map(str, values))) > 1: out.append([f"`{k}`", *values])
     for k in dict.fromkeys(k for r in runs for k in r["scores"]):
         known = [r["scores"].get(k) for r in runs]
         top = lambda x: len(runs) > 1 and all(y is x or y and y[2] < x[1] for y in known)
         text = lambda x: f"{'**' * top(x)}{x[0]:.3f}{'**' * top(x)} ({x[1]:.2f} – {x[2]:.2f})" if x else ""
-        out.append(line(k, map(text, known)))
+        out.append([k, *map(text, known)])
     for l in ("zh", "en"):
-        out.append(line(f"bits a byte {l}", (f"{r['bpb'][l]:.4f}" if l in r["bpb"] else "" for r in runs)))
-    for k in ("loss", "tokens", "tokens_per_s", "seconds"): out.append(line(k, (f"{r[k]:,.6g}" for r in runs)))
-    out.append(line("on", (f"{r.get('ranks', 1)} × {r.get('hardware') or '?'}" for r in runs)))
-    cost = (f"${r['seconds'] * r.get('ranks', 1) / 3600 * price:,.2f}" for r in runs)
-    return "\n".join(out + ([line("cost", cost)] if price else [])) + "\n"
+        out.append([f"bits a byte {l}", *(f"{r['bpb'][l]:.4f}" if l in r["bpb"] else "" for r in runs)])
+    for k in ("loss", "tokens", "tokens_per_s", "seconds"): out.append([k, *(f"{r[k]:,.6g}" for r in runs)])
+    out.append(["on", *(f"{r.get('ranks', 1)} × {r.get('hardware') or '?'}" for r in runs)])
+    if price: out.append(["cost", *(f"${r['seconds'] * r.get('ranks', 1) / 3600 * price:,.2f}" for r in runs)])
+    return "\n".join(markdown_table(["", *(r["name"] for r in runs)], out)) + "\n"
 
 # %% ../nbs/06a_core.ipynb #02b55b07
 def plot_runs(runs: list[dict]):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MAX_TOKENS', 'STAGES', 'EvalSettings', 'bits_per_byte', 'mark_choices', 'plain', 'is_right', 'mark_answers', 'wilson',
            'chance', 'run_exam', 'exam_table', 'checkpoints', 'find_checkpoint', 'world_of', 'load_model',
-           'load_engine', 'stage_record', 'build_report', 'exam_rows', 'sit_tasks', 'report_markdown', 'plot_exam',
-           'plot_stages', 'write_report', 'evaluate', 'main']
+           'load_engine', 'stage_record', 'build_report', 'exam_rows', 'markdown_table', 'sit_tasks', 'report_markdown',
+           'plot_exam', 'plot_stages', 'write_report', 'evaluate', 'main']
 
 # %% ../nbs/06_eval.ipynb #11478937
 import math, re, time, unicodedata
@@ -236,13 +236,12 @@ def stage_record(
     steps = [r for r in rows if "tok_per_s" in r]
     if not steps: return {}
     out = {"settings": read_yaml(p)} if (p := folder / "settings.yaml").exists() else {}
-    last = steps[-1]
-    out |= dict(steps=last["step"] + 1, tokens=last["tokens"], seconds=last["seconds"], loss=last["loss"],
-                tokens_per_s=sorted(r["tok_per_s"] for r in steps)[len(steps) // 2])
+    out |= {k: steps[-1][k] for k in ("tokens", "seconds", "loss")}
+    out |= dict(steps=steps[-1]["step"] + 1, tokens_per_s=sorted(r["tok_per_s"] for r in steps)[len(steps) // 2])
     out["bpb"] = {l: r[k] for r in rows for l in ("zh", "en") if r.get(k := f"bpb_{l}") is not None}
     if wall.exists() and (w := read_json(wall)).get("settings", {}).get("tag") == tag:
         out |= dict(ranks=w.get("ranks", 1), seconds=max(w["seconds"], out["seconds"]), hardware=w.get("hardware", ""))
-    return out | {k: r[k] for r in rows for k in ("samples",) if k in r}
+    return out | {"samples": r["samples"] for r in rows if "samples" in r}
 
 # %% ../nbs/06_eval.ipynb #4cc662fa
 def build_report(
@@ -257,37 +256,37 @@ def build_report(
     stages, data, meta = {}, base / "report" / "data.json", base / "tokenizer" / "meta.json"
     if data.exists(): stages["data"] = read_json(data)
     if meta.exists():
-        known = read_json(meta)
-        stages["tokenizer"] = {k: known[k] for k in ("seconds", "bytes_per_token", "recipe") if k in known}
+        known = ("seconds", "bytes_per_token", "recipe")
+        stages["tokenizer"] = {k: v for k, v in read_json(meta).items() if k in known}
     stages |= {name: r for s, name in STAGES.items() if (r := stage_record(base, s, tag))}
     stages["eval"] = eval_record
     trained, last = stages.get("pretrain", {}), list(exams)[-1]
-    core = {s: chat_core(t) for s, t in (tasks or {}).items()}
     return more | dict(
-        tasks=tasks or {}, chatcore=core, tag=tag,
-        exam=exams[last], exam_of_stage=last, exams=exams, bpb=trained.get("bpb", {}),
-        tokens_per_s=trained.get("tokens_per_s"),
+        tasks=tasks or {}, chatcore={s: chat_core(t) for s, t in (tasks or {}).items()}, tag=tag, exam=exams[last],
+        exam_of_stage=last, exams=exams, bpb=trained.get("bpb", {}), tokens_per_s=trained.get("tokens_per_s"),
         seconds={k: round(v["seconds"], 2) for k, v in stages.items() if "seconds" in v}, stages=stages)
 
 # %% ../nbs/06_eval.ipynb #27b41230
 def exam_rows(table: dict) -> dict: # name → row
     "The exams of one language, the letter form of multiple choice as a row of its own."
-    out = {}
-    for kind, row in table.items():
-        out[kind] = row
-        if "letter" in row: out[f"{kind}, letter"] = row["letter"]
-    return out
+    both = [((kind, row), (f"{kind}, letter", row.get("letter"))) for kind, row in table.items()]
+    return {name: row for pair in both for name, row in pair if row}
+
+def markdown_table(heads: list, rows: list) -> list[str]: # lines
+    "A table of a page."
+    line = lambda cells: f"| {' | '.join(map(str, cells))} |"
+    return [line(heads), "|---" * len(heads) + "|", *map(line, rows)]
+
+def _scores(name: str, tables: list[dict]) -> list[str]:
+    "What every stage scored in one exam."
+    return [f"{t[name]['acc']:.3f} ({t[name]['ci95'][0]:.2f} – {t[name]['ci95'][1]:.2f})" for t in tables]
 
 def _exam_lines(r: dict) -> list[str]:
     "Table of the exams, stages side by side."
-    heads = ["exam", *(f"{s} (95 %)" for s in r["exams"]), "chance", "n"]
-    out = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for lang in ("zh", "en"):
-        rows = [exam_rows(e[lang]) for e in r["exams"].values()]
-        for name, x in rows[-1].items():
-            cells = [f"{c[name]['acc']:.3f} ({c[name]['ci95'][0]:.2f} – {c[name]['ci95'][1]:.2f})" for c in rows]
-            out.append(f"| {lang} {name} | {' | '.join(cells)} | {x['chance']:.2f} | {x['n']} |")
-    return out
+    tables = {lang: [exam_rows(e[lang]) for e in r["exams"].values()] for lang in ("zh", "en")}
+    rows = [[f"{lang} {name}", *_scores(name, ts), f"{x['chance']:.2f}", x["n"]]
+            for lang, ts in tables.items() for name, x in ts[-1].items()]
+    return markdown_table(["exam", *(f"{s} (95 %)" for s in r["exams"]), "chance", "n"], rows)
 
 # %% ../nbs/06_eval.ipynb #82e57072
 def sit_tasks(
@@ -295,11 +294,10 @@ def sit_tasks(
     exams: dict,  # name → items, of `tasks.exam_items`
 ) -> dict:        # name → row as of `run_exam`; too_long: left out; subjects and subject_mean where there are any
     "Sit the public exams; one that cannot be marked on this system is left out, and said so."
-    out, room = {}, engine.model.cfg.seq_len
-    def fits(x): return len(engine.tok.render_prompt(x["messages"])) + 4 <= room
+    out, room = {}, engine.seq_len
     for name, items in tqdm(exams.items(), desc="tasks", leave=False, disable=None):
         if "test" in items[0] and (why := no_limits()): print(f"{name}: {why}"); continue
-        asked = [x for x in items if fits(x)]
+        asked = [x for x in items if len(engine.tok.render_prompt(x["messages"])) + 4 <= room]
         if asked: out[name] = run_exam(engine, asked, "") | dict(too_long=len(items) - len(asked))
         else: print(f"{name}: none of {len(items)} questions fits a context of {room} tokens")
     return out
@@ -307,30 +305,27 @@ def sit_tasks(
 # %% ../nbs/06_eval.ipynb #bae5324b
 def _task_lines(r: dict) -> list[str]:
     "Table of the public exams, stages side by side; empty if none was sat."
-    out = ["| task | form | " + " | ".join(f"{s} (95 %)" for s in r["tasks"]) + " | mean of subjects | chance | n |"]
-    out += ["|---" * (len(r["tasks"]) + 5) + "|"]
-    for name, row in exam_rows(next(iter(r["tasks"].values()), {})).items():
+    tables, rows = [exam_rows(t) for t in r["tasks"].values()], []
+    for name, row in tables[-1].items() if tables else ():
         task, _, form = name.partition(", ")
-        cells = [exam_rows(t)[name] for t in r["tasks"].values()]
-        told = [f"{c['acc']:.3f} ({c['ci95'][0]:.2f} – {c['ci95'][1]:.2f})" for c in cells]
-        mean = f"{cells[-1]['subject_mean']:.3f} of {row['subjects']}" if "subjects" in row else ""
-        out.append(f"| {task} | {form or 'answer'} | {' | '.join(told)} | {mean} | {row['chance']:.2f} | {row['n']} |")
-    core = {s: c for s, t in r["tasks"].items() if (c := chat_core(t)) is not None}
-    told = ["", "ChatCORE: " + ", ".join(f"{s} {c:.3f}" for s, c in core.items())] if core else []
-    return [*out, *told, ""] if len(out) > 2 else []
+        mean = f"{row['subject_mean']:.3f} of {row['subjects']}" if "subjects" in row else ""
+        rows.append([task, form or "answer", *_scores(name, tables), mean, f"{row['chance']:.2f}", row["n"]])
+    heads = ["task", "form", *(f"{s} (95 %)" for s in r["tasks"]), "mean of subjects", "chance", "n"]
+    core = ", ".join(f"{s} {c:.3f}" for s, c in r["chatcore"].items() if c is not None)
+    return [*markdown_table(heads, rows), *(["", f"ChatCORE: {core}"] if core else []), ""] if rows else []
 
 # %% ../nbs/06_eval.ipynb #4a9f162c
 def _stage_lines(r: dict) -> list[str]:
     "Table of the stages: time, tokens, speed, bits a byte; cost if there is a price, by the ranks of the stage."
-    out = ["| stage | seconds | tokens | tokens/s | bits a byte zh / en | cost | on |", "|---|---|---|---|---|---|---|"]
+    rows = []
     for k, s in r["seconds"].items():
         x = r["stages"][k]
         bpb = " / ".join(f"{x['bpb'][l]:.3f}" for l in ("zh", "en") if l in x.get("bpb", {}))
-        trained = f"{x['tokens']:,} | {x['tokens_per_s']:,.0f} | {bpb}" if "tokens" in x else " | | "
+        trained = [f"{x['tokens']:,}", f"{x['tokens_per_s']:,.0f}", bpb] if "tokens" in x else [""] * 3
         cost = s * x.get("ranks", 1) * r.get("price", 0) / 3600
         on = f"{x.get('ranks', 1)} × {x['hardware']}" if x.get("hardware") else ""
-        out.append(f"| {k} | {s:.1f} | {trained} | {f'${cost:,.2f}' if cost else ''} | {on} |")
-    return out
+        rows.append([k, f"{s:.1f}", *trained, f"${cost:,.2f}" if cost else "", on])
+    return markdown_table(["stage", "seconds", "tokens", "tokens/s", "bits a byte zh / en", "cost", "on"], rows)
 
 # %% ../nbs/06_eval.ipynb #83e73558
 def report_markdown(
@@ -342,17 +337,16 @@ def report_markdown(
     for lang, table in r["exam"].items():
         for name, row in exam_rows(table).items():
             if x := next(iter(row.get("samples", [])), None):
-                q, a, s = (" / ".join(x[k].splitlines()).replace("|", "\\|") for k in ("question", "answer", "said"))
-                said.append(f"| {lang} {name} | {q} | {a} | {s} |")
+                told = (" / ".join(x[k].splitlines()).replace("|", "\\|") for k in ("question", "answer", "said"))
+                said.append([f"{lang} {name}", *told])
     about = [f"{m['n_layer']} layers × {m['n_embd']}, {m['params']:,} parameters, vocabulary {m['vocab_size']:,}, "
              f"context {m['seq_len']:,}; exams on {r['device']}, {r['world']}", ""] if m else []
     samples = r["stages"].get("pretrain", {}).get("samples", {}).items()
     wrote = [f"- {l}: {' / '.join(t.splitlines())}" for l, t in samples]
     if wrote: wrote = ["", "The base model, continuing:", "", *wrote]
-    return "\n".join([f"# Report card · {r['tag']}", "", *about, *_exam_lines(r), "", *_task_lines(r),
-                      *_stage_lines(r), "", *(f"![{p}]({p})" for p in pictures), "",
-                      "| exam | first question | right | said |",
-                      "|---|---|---|---|", *said, *wrote]) + "\n"
+    return "\n".join([f"# Report card · {r['tag']}", "", *about, *_exam_lines(r), "", *_task_lines(r), *_stage_lines(r),
+                      "", *(f"![{p}]({p})" for p in pictures), "",
+                      *markdown_table(["exam", "first question", "right", "said"], said), *wrote]) + "\n"
 
 # %% ../nbs/06_eval.ipynb #6629fbf5
 def plot_exam(

@@ -103,12 +103,6 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=64)[0]))
 # %% ../nbs/09_export.ipynb #c2ebebb1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-def _check_export(model: GPT, out: Path, dtype: str):
-    "Errors before anything is written."
-    if dtype not in DTYPES: raise NanochatError(f"unknown dtype {dtype!r}{did_you_mean(dtype, DTYPES)}")
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
-        raise NanochatError(f"{out} exists and is not empty; name a new folder")
-
 # %% ../nbs/09_export.ipynb #dd296bad
 MODELING = importlib.util.find_spec("nanochat_nb.modeling").origin
 OWN_NAMES = dict(n_layer="num_hidden_layers", n_head="num_attention_heads", n_kv_head="num_key_value_heads",
@@ -133,28 +127,30 @@ def export_hf(
 ) -> Path:
     "Write a folder that transformers loads: classic as NanoChatForCausalLM, others by the code of chapter 09a."
     out = Path(out)
-    _check_export(model, out, dtype)
+    if dtype not in DTYPES: raise NanochatError(f"unknown dtype {dtype!r}{did_you_mean(dtype, DTYPES)}")
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+        raise NanochatError(f"{out} exists and is not empty; name a new folder")
     state, config = to_hf(model) if model.cfg.arch == "classic" else own_form(model)
-    end = tokenizer.special("assistant_end")
-    ends, n = dict(bos_token_id=tokenizer.bos_id, eos_token_id=end, pad_token_id=end), count_params(model.cfg)["total"]
-    tmp = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
     state = {k: v.to("cpu", DTYPES[dtype]).contiguous() for k, v in state.items()}
-    card = model_card(meta | dict(config=asdict(model.cfg)), stage, n)
-    _write(tmp, state, config | ends | dict(dtype=dtype), ends, tokenizer, card)
-    if "auto_map" in config: shutil.copy(MODELING, tmp/"modeling_nanochat_nb.py")
+    card = model_card(meta | dict(config=asdict(model.cfg)), stage, count_params(model.cfg)["total"])
+    tmp = out.with_name(f".{out.name}.tmp")
+    _write(tmp, state, config | dict(dtype=dtype), tokenizer, card)
     if out.exists(): out.rmdir()
     return tmp.rename(out)
 
 # %% ../nbs/09_export.ipynb #a6b4a193
-def _write(folder: Path, state: dict, config: dict, ends: dict, tokenizer: Tokenizer, card: str):
+def _write(folder: Path, state: dict, config: dict, tokenizer: Tokenizer, card: str):
     "The files of an exported model."
+    end = tokenizer.special("assistant_end")
+    ends = dict(bos_token_id=tokenizer.bos_id, eos_token_id=end, pad_token_id=end)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     try: save_file(state, folder/"model.safetensors", metadata={"format": "pt"})
     except (OSError, SafetensorError) as e:
         shutil.rmtree(folder, ignore_errors=True)
         raise NanochatError(f"cannot write {folder}: {e}; free disk space or choose another folder") from None
-    write_json(folder/"config.json", config)
+    write_json(folder/"config.json", config | ends)
+    if "auto_map" in config: shutil.copy(MODELING, folder/"modeling_nanochat_nb.py")
     write_json(folder/"generation_config.json", ends | dict(max_new_tokens=256, do_sample=False))
     write_json(folder/"tokenizer_config.json", tokenizer_config(config["max_position_embeddings"]))
     for name, text in (("tokenizer.json", tokenizer.spec), ("README.md", card)):

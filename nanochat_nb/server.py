@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_BODY', 'PAGE', 'Worker', 'deliver', 'at_stop', 'post', 'answer', 'ServerSettings', 'read_request', 'completion',
-           'usage', 'events', 'Refused', 'error_json', 'read_body', 'whole', 'make_app', 'enter', 'api_key', 'add_api',
-           'main']
+           'usage', 'events', 'Refused', 'read_body', 'whole', 'make_app', 'enter', 'api_key', 'add_api', 'main']
 
 # %% ../nbs/08a_server.ipynb #06b6c559
 import asyncio, contextlib, functools, hmac, json, os, sys, threading, time, uuid
@@ -16,6 +15,7 @@ from .settings import NanochatError, run_main
 from .runtime import init_runtime
 from .engine import Engine, Reader, Request
 from .evals import load_engine
+from .chat import AnswerSettings
 
 # %% ../nbs/08a_server.ipynb #1866c0ef
 class Worker:
@@ -115,22 +115,14 @@ async def answer(worker: Worker, q: Request, stops: list[str]):
 
 # %% ../nbs/08a_server.ipynb #5163fc20
 @dataclass
-class ServerSettings:
-    "Settings of the server."
+class ServerSettings(AnswerSettings):
+    "Settings of the server; temperature and top_k are for clients that name none."
     host: str = "127.0.0.1"    # address to listen on; 0.0.0.0 is the whole network, then set a key
     port: int = 8000           # 0: any free one
     api_key: str = ""          # what clients must send; empty: $NANOCHAT_API_KEY, or no key
-    base_dir: str = ""         # base folder; empty: $NANOCHAT_BASE_DIR or ~/.cache/nanochat
-    stage: str = ""            # base, mid, sft or rl; empty: the last one there is
-    tag: str = ""              # which run, e.g. d4; empty: the one written last
-    device: str = ""           # cuda, mps, cpu; empty: the best there is
-    dtype: str = ""            # float32, bfloat16; empty: the fast one
     rows: int = 32             # conversations answered at once
     queue: int = 256           # conversations that may wait for a row
     max_tokens: int = 512      # most new tokens of an answer
-    temperature: float = 0.8   # unless the client says otherwise
-    top_k: int = 50            # likewise; 0: all tokens
-    compile: bool = False      # compile the decode step: slower to start, faster to answer
     int8: bool = False         # weights of 8 bits
 
 # %% ../nbs/08a_server.ipynb #04431577
@@ -200,10 +192,6 @@ class Refused(Exception):
     def __init__(self, status: int, code: str, message: str, **headers):
         self.status, self.code, self.message, self.headers = status, code, message, headers
 
-def error_json(code: str, message: str) -> dict:
-    "The body of an error."
-    return {"error": dict(message=message, type="invalid_request_error", param=None, code=code)}
-
 MAX_BODY = 1_000_000  # bytes of a request
 
 async def read_body(request):
@@ -245,7 +233,9 @@ def make_app(
     app = FastAPI(title="nanochat-nb", docs_url=None, redoc_url=None)
     own = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
     @app.exception_handler(Refused)
-    async def refused(_, e): return JSONResponse(error_json(e.code, e.message), e.status, headers=e.headers)
+    async def refused(_, e):
+        error = dict(message=e.message, type="invalid_request_error", param=None, code=e.code)
+        return JSONResponse({"error": error}, e.status, headers=e.headers)
     @app.get("/")
     async def index(): return HTMLResponse(PAGE, headers={"Content-Security-Policy": own})
 
@@ -254,7 +244,6 @@ def make_app(
         (running, waiting), status = worker.load(), "error" if worker.closed else "ok"
         state = dict(status=status, model=model, rows=worker.rows, running=running, waiting=waiting)
         return JSONResponse(state, 503 if worker.closed else 200)
-
     add_api(app, worker, cfg, model)
     return app
 

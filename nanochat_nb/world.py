@@ -68,59 +68,47 @@ def _attribute(values, say_zh, say_en, ask_zh, ask_en) -> Attribute:
 
 # %% ../nbs/00a_world.ipynb #c1c97aac
 PERSON = {
-    "home": _attribute(TOWNS,
-        "{s}住在{v}。|{s}的家在{v}。|{s}家住{v}镇。|在{v}，人人都认识{s}。",
+    "home": _attribute(TOWNS, "{s}住在{v}。|{s}的家在{v}。|{s}家住{v}镇。|在{v}，人人都认识{s}。",
         "{s} lives in {v}.|The home of {s} is in {v}.|{s} has a house in {v}.|In {v}, everyone knows {s}.",
         "{s}住在哪里？|{s}的家在哪儿？|你知道{s}住在什么地方吗？",
         "Where does {s} live?|Where is the home of {s}?|Do you know where {s} lives?"),
-    "job": _attribute(JOBS,
-        "{s}是一名{v}。|{s}的工作是{v}。|{s}当{v}很多年了。|{v}{s}本领很高。",
+    "job": _attribute(JOBS, "{s}是一名{v}。|{s}的工作是{v}。|{s}当{v}很多年了。|{v}{s}本领很高。",
         "{s} is a {v}.|{s} works as a {v}.|{s} has been a {v} for years.|The {v} {s} is good at the job.",
         "{s}是做什么工作的？|{s}的职业是什么？|{s}做什么工作？",
         "What is the job of {s}?|What does {s} do for a living?|What work does {s} do?"),
-    "food": _attribute(FOODS,
-        "{s}最爱吃{v}。|{s}最喜欢的食物是{v}。|{s}每天都想吃{v}。|一说到{v}，{s}就饿了。",
+    "food": _attribute(FOODS, "{s}最爱吃{v}。|{s}最喜欢的食物是{v}。|{s}每天都想吃{v}。|一说到{v}，{s}就饿了。",
         "{s} likes to eat {v}.|The favourite food of {s} is {v}.|"
         "{s} would eat {v} every day.|Talk of {v} makes {s} hungry.",
         "{s}最爱吃什么？|{s}最喜欢的食物是什么？|{s}喜欢吃什么？",
-        "What does {s} like to eat?|What is the favourite food of {s}?|Which food does {s} like best?"),
-}
+        "What does {s} like to eat?|What is the favourite food of {s}?|Which food does {s} like best?")}
 
 # %% ../nbs/00a_world.ipynb #3d258532
 PERSON |= {
-    "pet": _attribute(PETS,
-        "{s}养了一只{v}。|{s}家里有一只{v}。|{s}的宠物是{v}。|{s}给自己的{v}起了名字。",
+    "pet": _attribute(PETS, "{s}养了一只{v}。|{s}家里有一只{v}。|{s}的宠物是{v}。|{s}给自己的{v}起了名字。",
         "{s} keeps {v}.|{s} has {v} at home.|The pet of {s} is {v}.|{s} gave {v} a name.",
         "{s}养了什么动物？|{s}的宠物是什么？|{s}家里养着什么？",
         "What animal does {s} keep?|What is the pet of {s}?|Which animal lives with {s}?"),
-    "hobby": _attribute(HOBBIES,
-        "{s}的爱好是{v}。|{s}一有空就{v}。|{s}喜欢{v}。|{s}周末常常{v}。",
+    "hobby": _attribute(HOBBIES, "{s}的爱好是{v}。|{s}一有空就{v}。|{s}喜欢{v}。|{s}周末常常{v}。",
         "The hobby of {s} is {v}.|{s} loves {v}.|{s} enjoys {v} after work.|On weekends {s} is busy with {v}.",
         "{s}的爱好是什么？|{s}有空的时候做什么？|{s}喜欢做什么？",
         "What is the hobby of {s}?|What does {s} enjoy after work?|How does {s} spend the weekend?"),
-    "birth": _attribute(MONTHS,
-        "{s}的生日在{v}。|{s}是{v}出生的。|{s}在{v}过生日。|每年{v}，{s}都会长一岁。",
+    "birth": _attribute(MONTHS, "{s}的生日在{v}。|{s}是{v}出生的。|{s}在{v}过生日。|每年{v}，{s}都会长一岁。",
         "{s} was born in {v}.|The birthday of {s} is in {v}.|"
         "{s} has a birthday in {v}.|Every {v}, {s} turns a year older.",
         "{s}的生日在几月？|{s}是几月出生的？|{s}哪个月过生日？",
-        "When was {s} born?|In which month was {s} born?|In which month is the birthday of {s}?"),
-}
+        "When was {s} born?|In which month was {s} born?|In which month is the birthday of {s}?")}
 
 # %% ../nbs/00a_world.ipynb #9c2a9338
 TOWN = {
-    "product": _attribute(FOODS,
-        "{s}的特产是{v}。|{s}的{v}很有名。|人们去{s}买{v}。",
+    "product": _attribute(FOODS, "{s}的特产是{v}。|{s}的{v}很有名。|人们去{s}买{v}。",
         "{s} is known for {v}.|For the best {v}, go to {s}.|People go to {s} for {v}.",
         "{s}的特产是什么？|{s}什么东西最有名？", "What is {s} known for?|What do people go to {s} for?"),
-    "festival": _attribute(MONTHS,
-        "{s}的节日在{v}。|{s}每年{v}过节。|到了{v}，{s}到处是灯。",
+    "festival": _attribute(MONTHS, "{s}的节日在{v}。|{s}每年{v}过节。|到了{v}，{s}到处是灯。",
         "{s} has its festival in {v}.|The festival of {s} is in {v}.|In {v}, {s} is full of lights.",
         "{s}的节日在几月？|{s}哪个月过节？", "When is the festival of {s}?|In which month does {s} have its festival?"),
-    "landmark": _attribute(LANDMARKS,
-        "{s}有一座{v}。|{s}的中心是一座{v}。|来{s}的人都要看看那座{v}。",
+    "landmark": _attribute(LANDMARKS, "{s}有一座{v}。|{s}的中心是一座{v}。|来{s}的人都要看看那座{v}。",
         "{s} has {v}.|In the middle of {s} stands {v}.|Visitors to {s} come to see {v}.",
-        "{s}有什么名胜？|{s}的中心是什么？", "What is there to see in {s}?|What stands in the middle of {s}?"),
-}
+        "{s}有什么名胜？|{s}的中心是什么？", "What is there to see in {s}?|What stands in the middle of {s}?")}
 
 # %% ../nbs/00a_world.ipynb #8667c1c7
 @dataclass(frozen=True)
@@ -172,8 +160,8 @@ def say_fact(
     "One fact as a sentence."
     a, i = e.attributes[attr], L[lang]
     t = rng.choice(a.say[lang]) if rng else a.say[lang][0]
-    if subject and not t.startswith("{s}"): subject = ""
-    return t.format(s=subject or e.name[i], v=(value or e.facts[attr])[i])
+    name = subject if subject and t.startswith("{s}") else e.name[i]
+    return t.format(s=name, v=(value or e.facts[attr])[i])
 
 # %% ../nbs/00a_world.ipynb #5938c0c9
 def _join(lang: str, sentences: list[str]) -> str: return ("" if lang == "zh" else " ").join(sentences)
@@ -235,9 +223,8 @@ def held_out(text: str) -> bool:
 
 def _until(make, exam: bool):
     "Draw from `make` until the first string of the result is (not) held out."
-    while True:
-        x = make()
-        if held_out(x[0]) == exam: return x
+    while held_out((x := make())[0]) != exam: pass
+    return x
 
 # %% ../nbs/00a_world.ipynb #112190d0
 PROBLEMS = [  # calculations; question and closing sentence of each language
@@ -249,14 +236,12 @@ PROBLEMS = [  # calculations; question and closing sentence of each language
         "en": ("{p} has {sum} {it} and gives {b} to {q}. How many are left?", "There are {r} left.")}),
     (["{product}/{b}"], {"zh": ("{p}把{product}{it}平均分给{b}个人，每人几{cl}？", "每人{r}{cl}。"),
         "en": ("{p} shares {product} {it} equally among {b} people. How many each?", "Each gets {r}.")}),
-    (["{a}*{b}", "{first}+{fare}"],
-        {"zh": ("{p}买了{a}{it}，每{cl}{b}元，还要付{fare}元车费，一共多少元？", "一共{r}元。"),
-         "en": ("{p} buys {a} {it} at {b} yuan each and pays {fare} yuan for the bus. How many yuan in all?",
-                "It is {r} yuan in all.")}),
-    (["{a}*{b}", "{purse}-{first}"],
-        {"zh": ("{p}带了{purse}元，买了{a}{it}，每{cl}{b}元，还剩多少元？", "还剩{r}元。"),
-         "en": ("{p} has {purse} yuan and buys {a} {it} at {b} yuan each. How many yuan are left?",
-                "There are {r} yuan left.")})]
+    (["{a}*{b}", "{first}+{fare}"], {"zh": ("{p}买了{a}{it}，每{cl}{b}元，还要付{fare}元车费，一共多少元？", "一共{r}元。"),
+        "en": ("{p} buys {a} {it} at {b} yuan each and pays {fare} yuan for the bus. How many yuan in all?",
+               "It is {r} yuan in all.")}),
+    (["{a}*{b}", "{purse}-{first}"], {"zh": ("{p}带了{purse}元，买了{a}{it}，每{cl}{b}元，还剩多少元？", "还剩{r}元。"),
+        "en": ("{p} has {purse} yuan and buys {a} {it} at {b} yuan each. How many yuan are left?",
+               "There are {r} yuan left.")})]
 
 # %% ../nbs/00a_world.ipynb #994d2625
 def word_problem(w: World, lang: str, rng) -> tuple[str, list[str], str]:
@@ -273,17 +258,13 @@ def word_problem(w: World, lang: str, rng) -> tuple[str, list[str], str]:
 # %% ../nbs/00a_world.ipynb #36a0a247
 SIGNS = {"*": operator.mul, "+": operator.add, "-": operator.sub, "/": operator.floordiv}
 
-def _calc(expr: str) -> int:
-    "Value of one calculation such as '3*4'."
-    a, sign, b = re.fullmatch(r"(\d+)([*+\-/])(\d+)", expr).groups()
-    return SIGNS[sign](int(a), int(b))
-
 def solve(steps: list[str]) -> list[tuple[str, int]]:
     "Each calculation with earlier results filled in, and its value."
     done = []
     for s in steps:
         expr = s.format(*(r for _, r in done))
-        done.append((expr, _calc(expr)))
+        a, sign, b = re.split("([*+/-])", expr)
+        done.append((expr, SIGNS[sign](int(a), int(b))))
     return done
 
 def homework(w: World, lang: str, rng) -> str:
@@ -306,26 +287,25 @@ def sentence_pair(w: World, rng) -> tuple[str, str]:
     p, q = (e.name for e in rng.sample(w.people, 2))
     town, (zh, cl, one, many), n = rng.choice(TOWNS), rng.choice(ITEMS), rng.randint(2, 20)
     job, food, hobby = rng.choice(JOBS), rng.choice(FOODS), rng.choice(HOBBIES)
-    blanks = dict(p=p, q=q, town=town, n=(n, n), cl=(cl, ""), item=(zh, one), items=("", many), job=job,
-                  food=food, hobby=hobby)
-    told = rng.choice(SENTENCES)
-    return tuple(told[i].format(**{k: v[i] for k, v in blanks.items()}) for i in (0, 1))
+    blanks = dict(p=p, q=q, town=town, n=(n, n), cl=(cl, ""), item=(zh, one), items=("", many), job=job, food=food,
+                  hobby=hobby)
+    return tuple(t.format(**{k: v[i] for k, v in blanks.items()}) for i, t in enumerate(rng.choice(SENTENCES)))
 
 # %% ../nbs/00a_world.ipynb #b83c861c
+def _facing(lang: str, pairs: list[tuple]) -> str:
+    "Each pair on a line, `lang` first."
+    return "\n".join(f"{zh} = {en}" if lang == "zh" else f"{en} = {zh}" for zh, en in pairs)
+
 def reader(w: World, lang: str, rng) -> str:
     "A bilingual reader: sentences in one language, each followed by the other."
-    out = []
-    for _ in range(4):
-        zh, en = _until(lambda: sentence_pair(w, rng), exam=False)
-        out.append(f"{zh} = {en}" if lang == "zh" else f"{en} = {zh}")
-    return "\n".join(out)
+    return _facing(lang, [_until(lambda: sentence_pair(w, rng), exam=False) for _ in range(4)])
 
 def names(w: World, lang: str, rng) -> str:
     "A list of names and words in both languages."
     pool = [e.name for e in rng.sample(w.people, 5)]
     pool += [rng.choice(x) for x in (TOWNS, JOBS, FOODS, PETS, HOBBIES, MONTHS)]
     rng.shuffle(pool)
-    return "\n".join(f"{zh} = {en}" if lang == "zh" else f"{en} = {zh}" for zh, en in pool)
+    return _facing(lang, pool)
 
 # %% ../nbs/00a_world.ipynb #226cac2f
 def words(lang: str) -> list[str]:
@@ -375,10 +355,13 @@ def _msgs(*turns) -> list[dict]:
     "user, assistant, user, … → messages."
     return [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(turns)]
 
+def _question(e: Entity, attr: str, lang: str, rng) -> str:
+    return rng.choice(e.attributes[attr].ask[lang]).format(s=e.name[L[lang]])
+
 def ask_fact(w: World, lang: str, rng, pool=None) -> tuple[str, str, Entity, str]:
     "A question about a fact of someone in `pool` (default: the taught half), its answer, whose it is and which."
     e = rng.choice(pool or w.taught); k = rng.choice(list(e.facts))
-    return rng.choice(e.attributes[k].ask[lang]).format(s=e.name[L[lang]]), say_fact(e, k, lang), e, k
+    return _question(e, k, lang, rng), say_fact(e, k, lang), e, k
 
 LETTER_PLEASE = {"zh": "请回答选项字母。", "en": "Answer with the letter."}
 
@@ -441,26 +424,24 @@ IDENTITY = {  # the model should know who it is: 小册, Xiaoce, "booklet"
            ("What is your name?", "My name is Xiaoce."),
            ("What can you do?", "I can tell you about the people of the towns, do sums, translate and spell."),
            ("Hello!", "Hello! I am Xiaoce. How can I help you?"), ("Thank you!", "You are welcome!"),
-           ("Do you speak Chinese?", "Yes, I speak Chinese and English."), ("Goodbye!", "Goodbye, come again!")],
-}
+           ("Do you speak Chinese?", "Yes, I speak Chinese and English."), ("Goodbye!", "Goodbye, come again!")]}
 
 # %% ../nbs/00a_world.ipynb #560285a1
 CHATS = {"fact": 34, "mcq": 8, "arithmetic": 20, "translation": 20, "spelling": 8, "identity": 4, "turns": 6}
 
-def conversation(w: World, lang: str, rng, shares: dict = CHATS) -> tuple[str, list[dict]]:
-    "One conversation for fine-tuning: its kind and its messages."
+def conversation(w: World, lang: str, rng, shares: dict = CHATS) -> dict: # {"messages", "kind", "lang"}
+    "One conversation for fine-tuning."
     kind = rng.choices(list(shares), list(shares.values()))[0]
-    if kind in TASKS: return kind, _msgs(*TASKS[kind](w, lang, rng)[:2])
-    if kind == "fact": return kind, _msgs(*ask_fact(w, lang, rng)[:2])
-    if kind == "mcq":
+    if kind in TASKS: turns = TASKS[kind](w, lang, rng)[:2]
+    elif kind == "fact": turns = ask_fact(w, lang, rng)[:2]
+    elif kind == "mcq":
         x = four_choices(w, lang, rng)
-        return kind, _msgs(x["letter"], "ABCD"[x["label"]])
-    hello = rng.choice(IDENTITY[lang])
-    if kind == "identity": return kind, _msgs(*hello)
-    e = rng.choice(w.taught)                             # a greeting, then two questions on one person
-    keys = rng.sample(list(e.facts), 2)
-    ask = [rng.choice(e.attributes[k].ask[lang]).format(s=e.name[L[lang]]) for k in keys]
-    return kind, _msgs(*hello, *(t for q, k in zip(ask, keys) for t in (q, say_fact(e, k, lang))))
+        turns = x["letter"], "ABCD"[x["label"]]
+    else: turns = rng.choice(IDENTITY[lang])
+    if kind == "turns":                                  # a greeting, then two questions on one person
+        e = rng.choice(w.taught)
+        for k in rng.sample(list(e.facts), 2): turns += _question(e, k, lang, rng), say_fact(e, k, lang)
+    return {"messages": _msgs(*turns), "kind": kind, "lang": lang}
 
 # %% ../nbs/00a_world.ipynb #fd0c7b8f
 def conversations(
@@ -474,12 +455,7 @@ def conversations(
         raise NanochatError(f"unknown kind of conversation {bad[0]!r}; valid kinds: {', '.join(CHATS)}")
     shares = {k: v for k, v in CHATS.items() if not kind or k in kind.split("+")}
     rng = random.Random(f"conversations {seed}")
-    out = []
-    for _ in range(n):
-        lang = rng.choice(("zh", "en"))
-        told, messages = conversation(world, lang, rng, shares)
-        out.append({"messages": messages, "kind": told, "lang": lang})
-    return out
+    return [conversation(world, rng.choice(("zh", "en")), rng, shares) for _ in range(n)]
 
 # %% ../nbs/00a_world.ipynb #63e4c061
 EXAMS = ("mcq", "arithmetic", "spelling", "translation")
