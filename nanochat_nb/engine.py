@@ -298,7 +298,7 @@ def _launch(self: Batch):
     cut = any(q.temperature and (q.top_k or q.top_p not in (None, 1)) for q in live)
     mode = "cut" if cut else "draw" if any(q.temperature for q in live) else "greedy"
     n = max(len(q.prompt) + len(q.out) for q in live) + e.chunk * (1 + len(self.flying)) - 1
-    if e.compile or e.device.type == "cuda": n = -(-n // 128) * 128
+    if wide := 128 if e.device.type == "cuda" else 16 if e.compile else 0: n = -(-n // wide) * wide
     key = min(n, self.max_len), mode
     try:
         with e.autocast():
