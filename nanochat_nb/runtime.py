@@ -112,7 +112,9 @@ def init_runtime(
 def close_runtime():
     "Leave the group of ranks, if there is one, when all are done."
     barrier()
-    if dist.is_initialized(): dist.destroy_process_group()
+    if not dist.is_initialized(): return
+    time.sleep(0.1)                  # gloo's threads let go of their last tensors, for which Python has to be there
+    dist.destroy_process_group()
 
 # %% ../nbs/02b_runtime.ipynb #c2139298
 def is_main() -> bool:

@@ -142,6 +142,7 @@ def test_cuda_compiled_equals_eager():
 def _ranks(rank, world, folder):
     "One of several ranks: three steps on its share of the rows, the state saved whole, loaded, two more steps."
     import torch.distributed as dist
+    from nanochat_nb.runtime import close_runtime
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet{world}", rank=rank, world_size=world)
     model, opt = make()
@@ -163,7 +164,7 @@ def _ranks(rank, world, folder):
     dist.all_gather(everyone, weights)
     assert all(w.equal(weights) for w in everyone)                     # every rank has the same model
     torch.save((weights, state, held), f"{folder}/{world}-{rank}.pt")
-    dist.destroy_process_group()
+    close_runtime()
 
 def test_ranks_share_the_state_and_move_as_one(tmp_path):
     import torch.multiprocessing as mp

@@ -2,6 +2,7 @@
 import pytest, torch, torch.distributed as dist, torch.multiprocessing as mp
 from nanochat_nb.model import GPT, config_from_depth
 from nanochat_nb.optim import make_optimizer, set_schedule
+from nanochat_nb.runtime import close_runtime
 from nanochat_nb.sharding import load_whole, local, shard_model, share, whole_state
 
 def make(arch, split, dtype=torch.float32):
@@ -45,8 +46,7 @@ def _rank(rank, world, folder, arch):
         fast = make(arch, True)
         for block in fast[0].blocks: block.compile(dynamic=False)
         torch.testing.assert_close(steps(*fast, range(5), rank, world), seen[True][0], atol=1e-4, rtol=0)
-    dist.barrier()
-    dist.destroy_process_group()
+    close_runtime()
 
 @pytest.mark.parametrize("arch,world", [("modern", 2), ("classic", 3), ("modern", 3)])
 def test_split_parameters_move_as_whole_ones(tmp_path, arch, world):
