@@ -131,11 +131,13 @@ def langs_of(
 ) -> pa.Array:        # "zh" or "en" of each
     "`lang_of` of a whole column."
     head = pc.utf8_slice_codeunits(texts.cast(pa.string()), 0, 2000)
-    rest = pc.replace_substring_regex(head, f"{_HAN.pattern}+", "")
-    chars, others = (pc.utf8_length(x).to_numpy() for x in (head, rest))
-    han = chars - others
+    raw, chars = np.frombuffer(head.buffers()[2] or b"\0", np.uint8), pc.utf8_length(head).to_numpy()
+    ends = np.frombuffer(head.buffers()[1], np.int32)[head.offset : head.offset + len(head) + 1]
+    han = np.diff(np.append(0, np.cumsum((raw - 0xE5) < 5, dtype=np.int32))[ends])   # first bytes of U+5000 … U+9FFF
     zh = (han > 0) & (han >= 0.2 * chars)                     # no more letters than characters: surely Chinese
-    for i in np.flatnonzero((han > 0) & ~zh): zh[i] = lang_of(texts[i].as_py()) == "zh"
+    rest = np.flatnonzero(~zh)                                # few have any Han at all
+    some = pc.match_substring_regex(head.take(pa.array(rest)), _HAN.pattern).to_numpy(zero_copy_only=False)
+    for i in rest[some]: zh[i] = lang_of(texts[i].as_py()) == "zh"
     return pc.if_else(pa.array(zh), "zh", "en")
 
 # %% ../nbs/00_data.ipynb #8eb8e3e4
