@@ -238,7 +238,7 @@ target_delimiter: "\\n"
 metric_list: [{{metric: acc}}]
 """
 
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install lm-eval")
+@pytest.mark.skipif(not all(map(importlib.util.find_spec, ("lm_eval", "accelerate"))), reason="pip install lm-eval[hf]")
 def test_lm_eval_makes_the_same_choices(tmp_path, tok, monkeypatch):
     for k in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"): monkeypatch.setenv(k, "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path/"hf"))
