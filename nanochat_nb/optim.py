@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['QUINTIC', 'best_quintic', 'polar_express', 'matmul_dtype', 'orthogonalize', 'muon_group', 'adamw_group', 'MuonAdamW',
-           'with_gradient', 'sharded', 'neuron_means', 'even_out', 'by_shape', 'Muon', 'sort_parameters',
-           'make_optimizer', 'lr_multiplier', 'muon_momentum', 'set_schedule', 'round_batch', 'Plan', 'plan']
+           'with_gradient', 'neuron_means', 'even_out', 'by_shape', 'Muon', 'sort_parameters', 'make_optimizer',
+           'lr_multiplier', 'muon_momentum', 'set_schedule', 'round_batch', 'Plan', 'plan']
 
 # %% ../nbs/02a_optim.ipynb #3c4dc526
 import functools, importlib.util, math
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from .settings import NanochatError
 from .model import config_from_depth, flops_per_token, scaling_params
-from .sharding import DTensor, gather_rows, local, scatter_mean, share, to_owners, to_rows
+from .sharding import gather_rows, local, scatter_mean, share, sharded, to_owners, to_rows
 
 # %% ../nbs/02a_optim.ipynb #4bc5df39
 QUINTIC = ((3.4445, -4.7750, 2.0315),) * 5 # one polynomial five times, as the first Muon had it (Jordan et al., 2024)
@@ -133,8 +133,6 @@ def with_gradient(g: dict) -> list[Tensor]:
     "The parameters of a group that this step updates: a stack as a whole."
     some = [p for p in g["params"] if p.grad is not None]
     return g["params"] if some and g["kind"] == "muon" else some
-
-def sharded(p: Tensor) -> bool: return isinstance(p, DTensor)
 
 @patch
 def _send(self: MuonAdamW, g: dict) -> list: # functions that wait for this rank's part of the mean
