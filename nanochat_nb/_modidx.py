@@ -811,6 +811,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'nanochat_nb.sft.text_rows': ('sft.html#text_rows', 'nanochat_nb/sft.py'),
                                  'nanochat_nb.sft.train': ('sft.html#train', 'nanochat_nb/sft.py')},
             'nanochat_nb.sharding': { 'nanochat_nb.sharding._exchange': ('sharding.html#_exchange', 'nanochat_nb/sharding.py'),
+                                      'nanochat_nb.sharding._padded': ('sharding.html#_padded', 'nanochat_nb/sharding.py'),
                                       'nanochat_nb.sharding.gather_rows': ('sharding.html#gather_rows', 'nanochat_nb/sharding.py'),
                                       'nanochat_nb.sharding.load_whole': ('sharding.html#load_whole', 'nanochat_nb/sharding.py'),
                                       'nanochat_nb.sharding.local': ('sharding.html#local', 'nanochat_nb/sharding.py'),

@@ -155,11 +155,11 @@ def fp8_matmul(
 # %% ../nbs/02e_kernels.ipynb #9ac6461a
 class _Fp8Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w, bound):
+    def forward(ctx, x, w, bound, square):
         (w8, s), sx = weights_fp8(w), E4M3 / bound
-        x8 = to_fp8(x, sx)
+        x8 = to_fp8(F.relu(x) * F.relu(x) if square else x, sx)
         ctx.save_for_backward(x8, w8, s)
-        ctx.sx = sx
+        ctx.sx, ctx.square = sx, square
         return fp8_matmul(x8, w8, s * sx)
 
     @staticmethod
@@ -168,18 +168,20 @@ class _Fp8Linear(torch.autograd.Function):
         g8 = g.clamp(-E5M2, E5M2).to(torch.float8_e5m2)
         g8 = settle(g8) if g8.size(1) < x8.size(1) else g8.contiguous()  # the narrow one is cheap to write down
         dw = fp8_matmul(g8.T.contiguous(), x8.T.contiguous(), torch.full_like(s, ctx.sx), torch.float32)
-        return fp8_matmul(g8, w8.T.contiguous(), s), dw, None
+        dx = fp8_matmul(g8, w8.T.contiguous(), s)
+        return dx * (2 * (x8.to(dx.dtype) / ctx.sx).sqrt()) if ctx.square else dx, dw, None, None
 
 # %% ../nbs/02e_kernels.ipynb #2c6f03be
 def fp8_linear(
     x: Tensor,     # (N, C) bfloat16; C and M multiples of 16
     w: Tensor,     # (M, C)
     bound: float,  # |x| beyond it saturates: √C after RMSNorm
+    square: bool = False,  # multiply ReLU²(x) instead, whose slope is read off the eight bits; bound is the square's
 ) -> Tensor:       # (N, M) bfloat16
     "x @ w.T, this product and both of its gradients in eight bits; scale the loss until gradients are about 1."
     odd = -len(x) % 16       # the weights' gradient sums over rows, by sixteens
-    if odd: return _Fp8Linear.apply(F.pad(x, (0, 0, 0, odd)), w, bound)[:len(x)]
-    return _Fp8Linear.apply(x, w, bound)
+    if odd: return _Fp8Linear.apply(F.pad(x, (0, 0, 0, odd)), w, bound, square)[:len(x)]
+    return _Fp8Linear.apply(x, w, bound, square)
 
 # %% ../nbs/02e_kernels.ipynb #8de4c691
 def fp8_works(device) -> bool:

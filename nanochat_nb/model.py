@@ -158,8 +158,9 @@ class MLP(nn.Module):
 
     def forward(self, x):
         h = apply_linears(x.flatten(0, -2), self.fc, fp8=self.fp8[0])
-        a = F.relu(h) * F.relu(h) if self.fp8[0] else relu_square(h)  # eight bits: a is never written
-        return apply_linears(a, self.proj, fp8=self.fp8[1]).view_as(x)
+        if self.fp8[1] and torch.is_grad_enabled(): y = fp8_linear(h, self.proj.weight, self.fp8[1], square=True)
+        else: y = self.proj(relu_square(h))
+        return y.view_as(x)
 
 # %% ../nbs/02_model.ipynb #9b319ede
 class Block(nn.Module):
@@ -178,6 +179,7 @@ class GPT(nn.Module):
     def __init__(self, cfg: GPTConfig):
         super().__init__()
         self.cfg, self.loss_chunk = cfg, 2**27  # logits held at once while computing a loss
+        self.linear_loss = linear_loss          # replaced where it is compiled by itself
         self.wte = nn.Embedding.from_pretrained(torch.empty(cfg.vocab_size, cfg.n_embd), freeze=False)
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layer))
         self.head, self.fp8 = Linear(cfg.n_embd, cfg.vocab_size), False
@@ -277,7 +279,7 @@ def forward(self: GPT,
     if targets is None: return self.logits(x)
     x, y, rows = x.flatten(0, 1), targets.flatten(), max(1, self.loss_chunk // self.cfg.vocab_size)
     if reduction == "none": return self.token_loss(x, y).view(targets.shape)
-    if torch.is_grad_enabled(): total = linear_loss(x, self.head.weight, y, 15.0, rows, self.fp8)
+    if torch.is_grad_enabled(): total = self.linear_loss(x, self.head.weight, y, 15.0, rows, self.fp8)
     else: total = self.token_loss(x, y).sum()
     return total if reduction == "sum" else total / (y >= 0).sum().clamp(min=1)
 

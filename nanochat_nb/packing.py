@@ -58,7 +58,8 @@ def _choose(self: Packer, room: int) -> int:
     if upper := pairs >> half: return half + (upper & -upper).bit_length() - 1
     fits = (self.have & (2 << room) - 1).bit_length() - 1
     if fits < 1: return 0
-    return next((n for _, n, *_ in itertools.islice(self.queue, 64) if 0 < n <= room), fits)
+    oldest = itertools.islice((n for _, n, *_ in self.queue if n), 64)   # those gone do not count, or a resume shows
+    return next((n for n in oldest if n <= room), fits)
 
 # %% ../nbs/01b_packing.ipynb #7bdc674a
 @patch

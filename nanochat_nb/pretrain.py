@@ -306,6 +306,7 @@ def fast_model(self: Trainer): # what `train_step` runs
     if hasattr(c, own): setattr(c, own, True)
     if not self.sharded: return torch.compile(self.model, dynamic=False)
     for block in self.model.blocks: block.compile(dynamic=False)  # parameters come and go between blocks
+    self.model.linear_loss = torch.compile(self.model.linear_loss, dynamic=False)
     return self.model
 
 # %% ../nbs/03_pretrain.ipynb #966be366

@@ -27,16 +27,16 @@ def share(
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor            # newer, older torch
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
+def _padded(t: Tensor, n: int): return t.contiguous() if len(t) == n else torch.cat((t, t.new_zeros(n - len(t), *t.shape[1:])))
+
 def scatter_mean(
     t: Tensor,  # (n, …), another on every rank
 ):              # a function that waits: this rank's rows of the mean over ranks
     "Begin to average over the ranks."
     if not dist.is_initialized(): return lambda: t
     (mine, k), world = share(len(t)), dist.get_world_size()
-    full = t.new_zeros(k * world, *t.shape[1:])
-    full[:len(t)] = t / world
-    if dist.get_backend() == "gloo": part, work = full[mine], dist.all_reduce(full, async_op=True)  # it has no other
-    else: work = _reduce_scatter(part := full.new_empty(k, *t.shape[1:]), full, async_op=True)
+    if dist.get_backend() == "gloo": full = t / world; part, work = full[mine], dist.all_reduce(full, async_op=True)
+    else: work = _reduce_scatter(part := t.new_empty(k, *t.shape[1:]), _padded(t, k * world), dist.ReduceOp.AVG, async_op=True)
     return lambda: (work.wait(), part[:mine.stop - mine.start])[1]
 
 
@@ -47,10 +47,9 @@ def gather_rows(
 ):              # a function that waits: (n, …)
     "Begin to collect the rows of all ranks."
     if not dist.is_initialized(): return lambda: t
-    part = t.new_zeros(share(n)[1], *t.shape[1:])
-    part[:len(t)] = t
-    full = t.new_empty(len(part) * dist.get_world_size(), *t.shape[1:])
-    work = _all_gather(full, part, async_op=True)
+    k = share(n)[1]
+    full = t.new_empty(k * dist.get_world_size(), *t.shape[1:])
+    work = _all_gather(full, _padded(t, k), async_op=True)
     return lambda: (work.wait(), full[:n])[1]
 
 # %% ../nbs/02f_sharding.ipynb #6a10b2d2

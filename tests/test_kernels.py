@@ -54,6 +54,14 @@ def test_eight_bits_take_any_number_of_rows(gpu_rules, n, m):
         assert a.shape == b.shape and (a - b).norm() < .1 * b.norm()
     assert len(gpu_rules) == 3
 
+def test_the_slope_of_relu_square_is_read_off_eight_bits(gpu_rules):
+    g = torch.Generator().manual_seed(0)
+    h, w, to = torch.randn(40, 64, generator=g).bfloat16().requires_grad_(), (torch.randn(32, 64, generator=g) / 8).requires_grad_(), torch.randn(40, 32, generator=g)
+    y, exact = fp8_linear(h, w.bfloat16(), 1792., square=True), h.float().relu().square() @ w.T
+    for a, b in zip((y, *torch.autograd.grad(y, (h, w), to.bfloat16())), (exact, *torch.autograd.grad(exact, (h, w), to))):
+        assert a.shape == b.shape and (a - b).norm() < .1 * b.norm()
+    assert len(gpu_rules) == 3
+
 def test_a_model_in_eight_bits_takes_any_number_of_rows_and_tokens(gpu_rules):
     cfg = config_from_depth(2, 96, 13, "modern")
     m, g = GPT(cfg), torch.Generator().manual_seed(0)

@@ -137,6 +137,24 @@ def test_packer_loses_nothing(lens, row_len, buffer):
     assert p.tokens == sum(n + 1 for n in left.values()) < row_len
 
 
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_packer_made_from_what_is_buffered_goes_on_the_same(cut):
+    rng, row_len, buffer = random.Random(0), 256, 300
+    size = lambda d: min(int(random.Random(d).lognormvariate(4.5, 1.2)), row_len - 1 if not cut else 3000)
+    def fill(p, at):
+        while len(p) < buffer or p.tokens < 2 * row_len: p.add(at, None, size(at)); at += 1
+        return at
+    p, at = Packer(row_len), 0
+    for _ in range(60):
+        for _ in range(rng.randrange(40)): at = fill(p, at); p.row(cut)
+        again, place, was = Packer(row_len), at, p.buffered()
+        for d, offset in (map(int, x.split(":")) for x in was.split()): again.add(d, None, size(d), offset)
+        for _ in range(30):
+            at, place = fill(p, at), fill(again, place)
+            assert p.row(cut) == again.row(cut) and at == place
+        assert p.buffered() == again.buffered()
+
+
 @settings(max_examples=100, deadline=None)
 @given(lens=st.lists(st.integers(0, 29), min_size=1, max_size=80), buffer=st.integers(1, 30))
 def test_packer_without_cutting_keeps_documents_whole(lens, buffer):
