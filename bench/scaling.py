@@ -34,9 +34,10 @@ def traced(step):
     from torch.profiler import ProfilerActivity, profile, schedule
     if not torch.cuda.is_available(): step(); return None, None, {}
     with profile(activities=[ProfilerActivity.CUDA], schedule=schedule(wait=0, warmup=2, active=1)) as prof:
-        for _ in range(3):
+        for i in range(3):
+            if i: prof.step()                            # the third is recorded
             if dist.is_initialized(): dist.barrier()     # the profiler does not start on all ranks at once
-            step(); torch.cuda.synchronize(); prof.step()
+            step(); torch.cuda.synchronize()
     rows = [(e.time_range.start, e.time_range.end, "nccl" in e.name.lower(), e.name) for e in prof.events()
             if e.device_type.name == "CUDA" and not e.name.startswith(("ProfilerStep", "nccl:"))]           # those are notes, not kernels
     begin, names = min(s for s, _, comm, _ in rows if not comm), {}
