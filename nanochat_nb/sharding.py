@@ -27,7 +27,9 @@ def share(
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor            # newer, older torch
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-def _padded(t: Tensor, n: int): return t.contiguous() if len(t) == n else torch.cat((t, t.new_zeros(n - len(t), *t.shape[1:])))
+def _padded(t: Tensor, n: int):
+    "t with rows of zeros, n in all."
+    return t.contiguous() if len(t) == n else torch.cat((t, t.new_zeros(n - len(t), *t.shape[1:])))
 
 def scatter_mean(
     t: Tensor,  # (n, …), another on every rank
@@ -35,8 +37,12 @@ def scatter_mean(
     "Begin to average over the ranks."
     if not dist.is_initialized(): return lambda: t
     (mine, k), world = share(len(t)), dist.get_world_size()
-    if dist.get_backend() == "gloo": full = t / world; part, work = full[mine], dist.all_reduce(full, async_op=True)
-    else: work = _reduce_scatter(part := t.new_empty(k, *t.shape[1:]), _padded(t, k * world), dist.ReduceOp.AVG, async_op=True)
+    if dist.get_backend() == "gloo":                                         # it has no reduce-scatter
+        full = t / world
+        part, work = full[mine], dist.all_reduce(full, async_op=True)
+    else:
+        part = t.new_empty(k, *t.shape[1:])
+        work = _reduce_scatter(part, _padded(t, k * world), dist.ReduceOp.AVG, async_op=True)
     return lambda: (work.wait(), part[:mine.stop - mine.start])[1]
 
 
