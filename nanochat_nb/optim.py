@@ -263,7 +263,7 @@ def make_optimizer(
     model: nn.Module,                 # a GPT: wte, blocks, head
     *,
     matrix_lr: float = 0.02,          # Muon: matrices of the blocks
-    embedding_lr: float = 0.2,        # AdamW: embedding
+    embedding_lr: float = 0.2,        # AdamW: embedding; tables of values take half
     unembedding_lr: float = 0.004,    # AdamW: head
     scalar_lr: float = 0.02,          # AdamW: the residual mix
     weight_decay: float = 0.0,        # Muon only
