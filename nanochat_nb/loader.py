@@ -154,6 +154,7 @@ class TextLoader:
         self.cache = TokenCache(cache, self.stream, tokenizer) if cache else None
         self.made_from = dict(kind="text", split=split, seq_len=seq_len, batch_rows=batch_rows, seed=seed,
                               data=data_print(self.stream), buffer=self.buffer, tokenizer=tokenizer.hash)
+    def __iter__(self): return self
 
 # %% ../nbs/01a_loader.ipynb #02d1fd3c
 @patch
@@ -178,9 +179,6 @@ def next_row(self: TextLoader) -> list: # of (place, tokens of the document with
     return self.packer.row()
 
 # %% ../nbs/01a_loader.ipynb #362e1979
-@patch
-def __iter__(self: TextLoader): return self
-
 @patch
 def __next__(self: TextLoader) -> tuple[Tensor, Tensor]: # x, y: (batch_rows / world_size, T) int64
     "The next batch of this rank."
@@ -316,6 +314,8 @@ class ChatLoader:
         self.made_from = dict(kind="chat", seq_len=seq_len, batch_rows=batch_rows, seed=seed, buffer=self.buffer,
                               data=fingerprint(conversations), tokenizer=tokenizer.hash)
 
+    def __iter__(self): return self
+
 # %% ../nbs/01a_loader.ipynb #cb6f562a
 @patch
 def fit(self: ChatLoader,
@@ -358,9 +358,6 @@ def next_row(self: ChatLoader) -> list: # of (place, (ids, mask), 0, tokens with
     return self.packer.row(cut=False)
 
 # %% ../nbs/01a_loader.ipynb #4c53808e
-@patch
-def __iter__(self: ChatLoader): return self
-
 @patch
 def __next__(self: ChatLoader) -> tuple[Tensor, Tensor]: # x, y: (batch_rows / world_size, T) int64
     "The next batch of this rank."
@@ -463,10 +460,9 @@ class Prefetch:
             self.stream.synchronize()   # this thread waits, the training does not
         return batch, self.loader.state_dict()
 
-# %% ../nbs/01a_loader.ipynb #53130787
-@patch
-def __iter__(self: Prefetch): return self
+    def __iter__(self): return self
 
+# %% ../nbs/01a_loader.ipynb #53130787
 @patch
 def __next__(self: Prefetch) -> tuple[Tensor, Tensor]: # x, y on the device
     "The next batch, most often ready."

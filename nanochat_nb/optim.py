@@ -81,13 +81,12 @@ def muon_group(
     lr: float = 0.02,          # spectral norm of a step, before the shape factor
     momentum: float = 0.95,    # of the gradient's running mean
     weight_decay: float = 0.0, # decoupled, times lr
-    nesterov: bool = True,     # mix this step's gradient in once more
     cautious: bool = True,     # decay only where the update itself points to zero
     beta2: float = 0.0,        # of the running mean square of each neuron's update; 0: all neurons alike
 ) -> dict:
     "A param group for Muon."
     return dict(kind="muon", params=list(params), lr=lr, momentum=momentum, weight_decay=weight_decay,
-                nesterov=nesterov, cautious=cautious, beta2=beta2)
+                cautious=cautious, beta2=beta2)
 
 def adamw_group(
     params: list[Tensor],       # any shapes
@@ -191,7 +190,7 @@ def _direction(self: MuonAdamW, g: dict, grad: Tensor) -> Tensor: # (n, rows, co
     if g["beta2"]: state.setdefault("square", grad.new_zeros(neuron_means(grad).shape))
     if not len(grad): return grad
     mean = state["momentum"].lerp_(grad, 1 - g["momentum"])
-    update = self.orthogonalize(grad.lerp_(mean, g["momentum"]) if g["nesterov"] else mean)
+    update = self.orthogonalize(grad.lerp_(mean, g["momentum"]))  # Nesterov: this step's once more
     if g["beta2"]: update = even_out(update, state, g["beta2"])
     return update * max(1, grad.size(1) / grad.size(2)) ** 0.5
 
@@ -264,7 +263,7 @@ def make_optimizer(
     model: nn.Module,                 # a GPT: wte, blocks, head
     *,
     matrix_lr: float = 0.02,          # Muon: matrices of the blocks
-    embedding_lr: float = 0.2,        # AdamW: embedding
+    embedding_lr: float = 0.2,        # AdamW: embedding; tables of values take half
     unembedding_lr: float = 0.004,    # AdamW: head
     scalar_lr: float = 0.02,          # AdamW: the residual mix
     weight_decay: float = 0.0,        # Muon only
