@@ -259,8 +259,7 @@ def api_key(cfg: ServerSettings) -> str: return cfg.api_key or os.environ.get("N
 # %% ../nbs/08a_server.ipynb #21fc482c
 def add_api(app, worker: Worker, cfg: ServerSettings, model: str):
     "The addresses below /v1."
-    from fastapi import Request as Http
-    from fastapi.responses import JSONResponse, StreamingResponse
+    from fastapi import Request as Http, responses
     calm, most, here = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}, cfg.rows + cfg.queue, weakref.WeakSet()
     @app.get("/v1/models")
     async def models(request: Http):
@@ -278,10 +277,10 @@ def add_api(app, worker: Worker, cfg: ServerSettings, model: str):
         head = dict(id=f"chatcmpl-{uuid.uuid4().hex}", created=int(time.time()))
         if stream:
             lines = events(worker, q, stops, model, head, count)
-            return StreamingResponse(lines, media_type="text/event-stream", headers=calm)
+            return responses.StreamingResponse(lines, media_type="text/event-stream", headers=calm)
         text, ended = await whole(worker, q, stops, request)
         if ended == "error": raise Refused(500, "engine", "the engine stopped")
-        return JSONResponse(completion(model, q, text, ended, head=head) | dict(usage=usage(q)))
+        return responses.JSONResponse(completion(model, q, text, ended, head=head) | dict(usage=usage(q)))
 
 # %% ../nbs/08a_server.ipynb #d7dd5a73
 _STYLE = """
