@@ -199,7 +199,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'nanochat_nb.engine.Batch.advance': ('engine.html#batch.advance', 'nanochat_nb/engine.py'),
                                     'nanochat_nb.engine.Batch.free': ('engine.html#batch.free', 'nanochat_nb/engine.py'),
                                     'nanochat_nb.engine.Batch.place': ('engine.html#batch.place', 'nanochat_nb/engine.py'),
-                                    'nanochat_nb.engine.Batch.shrink': ('engine.html#batch.shrink', 'nanochat_nb/engine.py'),
+                                    'nanochat_nb.engine.Batch.resize': ('engine.html#batch.resize', 'nanochat_nb/engine.py'),
                                     'nanochat_nb.engine.Engine': ('engine.html#engine', 'nanochat_nb/engine.py'),
                                     'nanochat_nb.engine.Engine.__init__': ('engine.html#engine.__init__', 'nanochat_nb/engine.py'),
                                     'nanochat_nb.engine.Engine._refresh': ('engine.html#engine._refresh', 'nanochat_nb/engine.py'),

@@ -425,9 +425,8 @@ def compare(cfg: CompareSettings) -> str: # the page
     "Set runs side by side."
     runs, out = [read_run(p.strip()) for p in cfg.runs.split(",") if p.strip()], Path(cfg.out).expanduser()
     if not runs: raise NanochatError("no runs to compare; say python -m nanochat_nb.core compare RUN RUN")
-    page, fig = comparison(runs, cfg.price), plot_runs(runs)
+    page, fig = comparison(runs, cfg.price) + "\n![compare.png](compare.png)\n", plot_runs(runs)
     with atomic_path(out / "compare.png") as tmp: fig.savefig(tmp, format="png", dpi=120)
-    page += "\n![compare.png](compare.png)\n"
     with atomic_path(out / "compare.md") as tmp: tmp.write_text(page, encoding="utf-8")
     return page
 

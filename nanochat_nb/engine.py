@@ -48,7 +48,8 @@ class Fill:
 class Next:
     "The cache as a decode step sees it: one token a row, at the row's own position."
     def __init__(self, slots: Slots, pos: Tensor, keys: Tensor, fused: bool):
-        self.slots, self.pos, self.keys, self.fused = slots, pos, keys, fused
+        self.slots, self.keys, self.fused = slots, keys, fused
+        self.pos = torch.minimum(pos, keys[-1])          # a free row may stand further on than the others read
     def begin(self, n: int): return self.pos[:, None], (self.keys <= self.pos[:, None])[:, None, None]
     def advance(self, n: int): pass
 
@@ -82,9 +83,9 @@ def decode_step(
     if mode == "greedy": ids = logits.argmax(-1)
     else: ids = sample(logits, options[:, 0], *(options[:, 1:].unbind(1) if mode == "cut" else (None, None)), seed, t)
     forced = state[:, 5:].gather(1, at[:, None])[:, 0]
-    ids, edge = torch.where(forced < 0, ids, forced), slots.k[0].size(1) - 2   # where a free row marks time
+    ids = torch.where(forced < 0, ids, forced)
     out.copy_(torch.cat((out[:, 1:], ids[:, None]), 1))
-    state[:, 1:5] = torch.stack((ids, (pos + 1).clamp(max=edge), t + 1, (at + 1).clamp(max=N_FORCED - 1)), 1)
+    state[:, 1:5] = torch.stack((ids, pos + 1, t + 1, (at + 1).clamp(max=N_FORCED - 1)), 1)
 
 # %% ../nbs/05_engine.ipynb #120af390
 @functools.cache
@@ -94,7 +95,7 @@ def compiled_step(mode: str):
     return torch.compile(decode_step, fullgraph=mode != "cut", dynamic=False)
 
 # %% ../nbs/05_engine.ipynb #70a4d058
-@dataclass
+@dataclass(eq=False)
 class Request:
     "A prompt and how to continue it; the engine fills in `out` and `ended`."
     prompt: list                  # token ids
@@ -185,8 +186,8 @@ class Batch:
     def __init__(self, engine: Engine, rows: int, max_len: int):
         d, e, self.flying = engine.device, engine, []   # chunks under way: owners of the rows, tokens, when done
         self.engine, self.max_len, self.requests, self.graphs = engine, max_len, [None] * rows, {}
-        small = d.type == "cuda" or e.compile
-        self.slots = Slots(e.model.cfg, rows, max_len + 1, d, e.dtype if small else torch.float32)
+        # one place more than any step reads: a slice of the whole would be compiled for that length alone
+        self.slots = Slots(e.model.cfg, rows, max_len + 1, d, e.dtype if d.type == "cuda" or e.compile else torch.float)
         self.state, self.options = torch.full((rows, 5 + N_FORCED), -1, device=d), torch.ones(rows, 3, device=d)
         self.state[:, :5] = 0
         self.out = torch.zeros(rows, e.chunk, dtype=torch.long, device=d)
@@ -216,7 +217,7 @@ def admit(self: Batch, requests: list[Request]):
     for r, q in rows.items(): self.requests[r] = q
     self.place({r: [] for r in rows})
     i = torch.tensor([*rows], device=d)
-    self.options[i] = torch.tensor([[q.temperature, q.top_k or V, q.top_p or 1.] for q in requests], device=d)
+    self.options[i] = torch.tensor([[q.temperature, min(q.top_k or V, V), q.top_p or 1.] for q in requests], device=d)
     size = lambda r: (len(rows[r].prompt) - 1).bit_length()
     for n, group in groupby(sorted(rows, key=size), key=size):
         if not n: continue                                            # a prompt of one token needs no prefill
@@ -328,12 +329,12 @@ def run(self: Engine,
     batch = self.idle.pop((rows, max_len), None) or Batch(self, rows, max_len)
     try:
         while True:
-            free = batch.free()
-            idle = len(free) == len(batch.requests)
-            new = pull(len(free), idle) if free else []
-            if idle and not new: break
+            busy = len(batch.requests) - len(batch.free())
+            new = pull(rows - busy, not busy) if busy < rows else []
+            if not (busy or new): break
+            if not static and not len(batch.requests) / 2 < busy + len(new) <= len(batch.requests):
+                batch.resize(len(new))
             batch.admit(new)
-            if not static and not new and 2 * len(free) >= len(batch.requests): batch.shrink()
             yield batch.advance()
     finally:
         batch.requests, batch.flying = [None] * len(batch.requests), []
@@ -341,10 +342,10 @@ def run(self: Engine,
 
 # %% ../nbs/05_engine.ipynb #6b16aeb6
 @patch
-def shrink(self: Batch):
-    "Let the free rows go, where a smaller batch is cheaper."
-    rows = [r for r, q in enumerate(self.requests) if q]
-    self.requests, s, self.graphs = [self.requests[r] for r in rows], self.slots, {}
+def resize(self: Batch, n: int):
+    "Keep the rows that run and `n` free ones, where a smaller batch is cheaper."
+    rows = [r for r, q in enumerate(self.requests) if q] + [0] * n
+    self.requests, s, self.graphs = [*filter(None, self.requests), *[None] * n], self.slots, {}
     s.k, s.v = ([x[rows] for x in kv] for kv in (s.k, s.v))
     self.state, self.options, self.out = (x[rows] for x in (self.state, self.options, self.out))
 
@@ -417,8 +418,7 @@ def generate(self: Engine,
 class Reader:
     "What a reader sees of a row: whole characters, never U+FFFD, and no special tokens, tool calls or outputs."
     def __init__(self, tokenizer):
-        names = [f"{w}_{s}" for s in ("start", "end") for w in ("python", "output")]
-        ids = [tokenizer.special(n) for n in names]
+        ids = [tokenizer.special(f"{w}_{s}") for s in ("start", "end") for w in ("python", "output")]
         self.special, self.opening, self.closing = tokenizer.special_ids, ids[:2], ids[2:]
         self.decoder, self.hidden = StreamDecoder(tokenizer), False
 
@@ -469,7 +469,7 @@ def complete(self: Engine, text: str, **kw) -> str:
 @torch.no_grad()
 def _score_batch(self: Engine, pairs) -> list[float]:
     "Log-likelihoods of one padded batch; the head runs only where a continuation token is predicted."
-    T = max(len(p) + len(c) for p, c in pairs) - 1
+    T = max(2, *(len(p) + len(c) for p, c in pairs)) - 1
     x = torch.tensor([((p + c)[:-1] + [0] * T)[:T] for p, c in pairs])
     y = torch.tensor([([-1] * (len(p) - 1) + c + [-1] * T)[:T] for p, c in pairs])
     row, col = (y >= 0).nonzero(as_tuple=True)

@@ -69,8 +69,7 @@ def mark_choices(
     items: list[dict],  # of `world.exam`, kind mcq
 ) -> list[bool]:        # one a question
     "Choice questions by likelihood: is the right answer the one that the model finds most probable?"
-    tok = engine.tok
-    end = [tok.special("assistant_end")]
+    tok, end = engine.tok, [engine.tok.special("assistant_end")]
     pairs = [(tok.render_prompt(x["stem"]), tok.encode(c) + end) for x in items for c in x["choices"]]
     by_item = torch.tensor([logp for logp, _ in engine.score(pairs)]).split([len(x["choices"]) for x in items])
     return [int(s.argmax()) == x["label"] for s, x in zip(by_item, items)]

@@ -41,7 +41,7 @@ def cut(
     if top_k is not None: s = s.masked_fill(rank >= top_k[:, None], -torch.inf)
     if top_p is not None:
         p = s.softmax(-1)
-        s = s.masked_fill(p.cumsum(-1) - p >= top_p[:, None], -torch.inf)
+        s = s.masked_fill((p.cumsum(-1) - p >= top_p[:, None]) & (top_p < 1)[:, None], -torch.inf)
     least = s.masked_fill(s == -torch.inf, torch.inf).amin(-1, keepdim=True)
     return x.masked_fill(x < least, -torch.inf)
 
@@ -73,20 +73,20 @@ def _index(v: Fraction) -> int:
     if v.denominator != 1: raise ValueError(f"{v} is not an index")
     return v.numerator
 
-def _value(n: ast.AST) -> Fraction | str:
-    "Value of a syntax node of the white list; anything else raises."
+def _value(n: ast.AST, text: str) -> Fraction | str:
+    "Value of a syntax node of `text` that is on the white list; anything else raises."
     match n:
-        case ast.Constant(value=int() | float()): return Fraction(str(n.value))
+        case ast.Constant(value=int() | float()): return Fraction(ast.get_source_segment(text, n))
         case ast.Constant(value=str()): return n.value
-        case ast.UnaryOp(op=ast.USub()): return -_value(n.operand)
+        case ast.UnaryOp(op=ast.USub()): return -_value(n.operand, text)
         case ast.BinOp() if type(n.op) in _OPS:
-            a, b = _value(n.left), _value(n.right)
+            a, b = _value(n.left, text), _value(n.right, text)
             if isinstance(a, str) or isinstance(b, str): raise ValueError("arithmetic on text")
             return Fraction(_OPS[type(n.op)](a, b))
-        case ast.Call(func=ast.Name("len"), args=[s], keywords=[]): return Fraction(len(_value(s)))
+        case ast.Call(func=ast.Name("len"), args=[s], keywords=[]): return Fraction(len(_value(s, text)))
         case ast.Call(func=ast.Attribute(value=s, attr="count"), args=[x], keywords=[]):
-            return Fraction(_value(s).count(_value(x)))
-        case ast.Subscript(value=s, slice=i): return _value(s)[_index(_value(i))]
+            return Fraction(_value(s, text).count(_value(x, text)))
+        case ast.Subscript(value=s, slice=i): return _value(s, text)[_index(_value(i, text))]
     raise ValueError(f"{type(n).__name__} is not arithmetic")
 
 # %% ../nbs/05a_sampling.ipynb #6c964790
@@ -102,7 +102,7 @@ def calculate(
     expr = expr.strip()
     if not re.search("[\"']", expr): expr = expr.translate(str.maketrans("×÷−（）", "*/-()"))
     if len(expr) > 200 or not _GATE.fullmatch(expr): return None
-    try: v = _value(tree := ast.parse(expr, mode="eval").body)
+    try: v = _value(tree := ast.parse(expr, mode="eval").body, expr)
     except (SyntaxError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError,
             MemoryError): return None
     if isinstance(v, str): return v if isinstance(tree, ast.Subscript) else None

@@ -7,7 +7,7 @@ __all__ = ['MAX_BODY', 'PAGE', 'Worker', 'deliver', 'at_stop', 'post', 'answer',
            'usage', 'events', 'Refused', 'read_body', 'whole', 'make_app', 'enter', 'api_key', 'add_api', 'main']
 
 # %% ../nbs/08a_server.ipynb #06b6c559
-import asyncio, contextlib, functools, hmac, json, os, sys, threading, time, uuid
+import asyncio, contextlib, functools, hmac, json, os, sys, threading, time, uuid, weakref
 from collections import deque
 from dataclasses import dataclass
 from fastcore.basics import patch
@@ -89,8 +89,8 @@ def at_stop(
     text: str,
     stops: list[str],       # strings that end an answer and are not shown
 ) -> tuple[str, str, bool]: # what may be shown, what may yet become a stop string, whether one was met
-    "Cut a text where a stop string begins."
-    if hits := [i for s in stops if (i := text.find(s)) >= 0]: return text[:min(hits)], "", True
+    "Cut a text where the stop string begins that is whole first, however many characters come at a time."
+    if hits := [(i + len(s), i) for s in stops if (i := text.find(s)) >= 0]: return text[:min(hits)[1]], "", True
     n = max((n for s in stops for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
     return text[:len(text) - n], text[len(text) - n:], False
 
@@ -144,8 +144,7 @@ def read_request(
     "Check a request; what is wrong raises and says so."
     if not isinstance(body, dict): raise NanochatError("expected a JSON object with 'messages'")
     if _number(body, "n", 1, int) != 1: raise NanochatError("n: this server gives one answer a request")
-    stops = body.get("stop") or []
-    stops = [stops] if isinstance(stops, str) else stops
+    stops = [s] if isinstance(s := body.get("stop") or [], str) else s
     if not isinstance(stops, list) or len(stops) > 4 or not all(isinstance(s, str) and s for s in stops):
         raise NanochatError("stop: expected a string or at most four")
     prompt = engine.tok.render_prompt(body.get("messages"))
@@ -196,11 +195,12 @@ MAX_BODY = 1_000_000  # bytes of a request
 
 async def read_body(request):
     "The JSON of a request of limited size; only what says it is JSON, which a page elsewhere cannot send unasked."
-    if "application/json" not in request.headers.get("content-type", ""):
+    if "application/json" not in request.headers.get("content-type", "").lower():
         raise Refused(415, "not_json", "send the request as content-type application/json")
-    data = b""
-    async for part in request.stream():
-        data += part
+    data, part = b"", {"more_body": True}
+    while part.get("more_body"):
+        if (part := await request.receive())["type"] == "http.disconnect": raise Refused(499, "cancelled", "gone")
+        data += part.get("body", b"")
         if len(data) > MAX_BODY: raise Refused(413, "too_large", f"a request has at most {MAX_BODY:,} bytes")
     try: return json.loads(data)
     except (ValueError, RecursionError) as e:
@@ -259,9 +259,8 @@ def api_key(cfg: ServerSettings) -> str: return cfg.api_key or os.environ.get("N
 # %% ../nbs/08a_server.ipynb #21fc482c
 def add_api(app, worker: Worker, cfg: ServerSettings, model: str):
     "The addresses below /v1."
-    from fastapi import Request as Http
-    from fastapi.responses import JSONResponse, StreamingResponse
-    calm = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    from fastapi import Request as Http, responses
+    calm, most, here = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}, cfg.rows + cfg.queue, weakref.WeakSet()
     @app.get("/v1/models")
     async def models(request: Http):
         enter(request, cfg)
@@ -269,18 +268,19 @@ def add_api(app, worker: Worker, cfg: ServerSettings, model: str):
     @app.post("/v1/chat/completions")
     async def chat(request: Http):
         enter(request, cfg)
-        if sum(worker.load()) >= (most := cfg.rows + cfg.queue):
-            raise Refused(429, "busy", f"{most} conversations run or wait; try again later", **{"Retry-After": "1"})
         body = await read_body(request)
+        if sum(not q.ended for q in here) >= most:       # from here to `add` nobody else gets a turn
+            raise Refused(429, "busy", f"{most} conversations run or wait; try again later", **{"Retry-After": "1"})
         try: q, stops, stream, count = read_request(body, worker.engine, cfg)
         except NanochatError as e: raise Refused(400, "bad_request", str(e)) from None
+        here.add(q)
         head = dict(id=f"chatcmpl-{uuid.uuid4().hex}", created=int(time.time()))
         if stream:
             lines = events(worker, q, stops, model, head, count)
-            return StreamingResponse(lines, media_type="text/event-stream", headers=calm)
+            return responses.StreamingResponse(lines, media_type="text/event-stream", headers=calm)
         text, ended = await whole(worker, q, stops, request)
         if ended == "error": raise Refused(500, "engine", "the engine stopped")
-        return JSONResponse(completion(model, q, text, ended, head=head) | dict(usage=usage(q)))
+        return responses.JSONResponse(completion(model, q, text, ended, head=head) | dict(usage=usage(q)))
 
 # %% ../nbs/08a_server.ipynb #d7dd5a73
 _STYLE = """

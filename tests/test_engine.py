@@ -2,7 +2,7 @@
 import random
 import pytest, torch
 from torch._dynamo.exc import BackendCompilerFailed
-from nanochat_nb.engine import Engine, Frozen
+from nanochat_nb.engine import Engine, Frozen, Request, decode_step
 from nanochat_nb.model import GPT, GPTConfig
 from nanochat_nb.settings import NanochatError
 from nanochat_nb.tokenizer import train_tokenizer
@@ -12,8 +12,8 @@ TEXTS = [f"{i}+{j} 等于几 how much is it 你好世界 hello" for i in range(1
 @pytest.fixture(scope="module")
 def tok(): return train_tokenizer(TEXTS, 300)
 
-def make_engine(tok, *, seed=0, seq_len=64, n_kv_head=2, runtime=None):
-    model = GPT(GPTConfig(2, 2, n_kv_head, 64, tok.vocab_size, seq_len))
+def make_engine(tok, *, seed=0, seq_len=64, n_kv_head=2, runtime=None, n_layer=2, **form):
+    model = GPT(GPTConfig(n_layer, 2, n_kv_head, 64, tok.vocab_size, seq_len, **form))
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters(): p.normal_(0, .4, generator=g)
@@ -84,7 +84,7 @@ def test_score_is_the_same_in_any_batch(tok, engine):
     for size in (1, 4, 64):
         got = engine.score(pairs, batch_size=size)
         assert [v for v, _ in got] == pytest.approx(want, abs=2e-3) and [n for _, n in got] == [len(c) for _, c in pairs]
-    assert engine.score([]) == [] and len(engine.score([([1] * 64, [2])])) == 1
+    assert engine.score([]) == [] and len(engine.score([([1] * 64, [2])])) == 1 and engine.score([([1], [])]) == [(0, 0)]
 
 def test_streams_whole_characters(tok, engine):
     S, E, O, X = map(tok.special, ("python_start", "python_end", "output_start", "output_end"))
@@ -148,6 +148,24 @@ def test_cancelled_requests_leave_their_rows(tok, engine):
         seen += 1
         if seen == 3: todo[0].ended = "cancelled"
     assert [len(q.out) for q in todo] == [3] + [40] * 5 and todo[1].ended == "length"
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_free_row_leaves_nothing_to_its_next_guest(tok, monkeypatch, ahead):
+    "It marks time beyond what the others read; its stretch must not be empty, or it writes NaN, and 0 x NaN is NaN."
+    monkeypatch.setattr("nanochat_nb.engine.compiled_step", lambda mode: decode_step)
+    def make(): return make_engine(tok, seq_len=256, arch="modern", n_layer=3, chunk=16)
+    long, short, late = todo = [Request([tok.bos_id] + [7] * n, m, 0, stop=set()) for n, m in ((150, 4), (5, 150), (4, 200))]
+    wait, e = [[late], [long, short]], make()
+    e.compile, e.ahead, e.chunk = True, ahead, 4
+    for _ in e.run(lambda n, idle: wait.pop() if len(short.out) >= 10 * (2 - len(wait)) and wait else [], 2, 256): pass
+    assert [q.out for q in todo] == [make().generate([q.prompt], q.max_tokens, 0, stop=())[0] for q in todo]
+
+def test_a_batch_that_shrank_grows_again(tok, engine):
+    first, *more = engine.requests([[tok.bos_id]] * 4, 40, stop=())
+    wait, together = [more, [first]], 0
+    for events in engine.run(lambda n, idle: wait.pop() if len(first.out) >= 10 * (2 - len(wait)) and wait else [], 4, 64):
+        together = max(together, len(events))
+    assert together == 4 and [q.out for q in more] == [engine.generate([q.prompt], 40, seed=q.seed, stop=())[0] for q in more]
 
 @pytest.mark.parametrize("how", [{}, dict(top_k=[9, 3, None, 40], top_p=[None, .9, .8, None])])
 def test_the_compiled_step_says_the_same(tok, how):

@@ -26,6 +26,8 @@ def test_calculator_agrees_with_python():
         assert calculate(f"({a})-({b})-({c})") == str(a - b - c)
         if c: assert (calculate(f"({a})//({c})"), calculate(f"({a})%({c})")) == (str(a // c), str(a % c))
         if c: assert float(calculate(f"({a})/({c})")) == pytest.approx(a / c, abs=1e-9)
+        x = f"{rng.randrange(10**17)}.{rng.randrange(10**9)}1"                 # more digits than a float holds
+        assert calculate(f"{x}-1+1") == calculate(x) == x
 
 def test_calculator_is_quick_on_the_worst_input():
     t = time.perf_counter()
@@ -64,6 +66,11 @@ def test_cuts_are_those_of_transformers():
     for k, p in ((1, 1.), (5, 1.), (40, .3), (40, .9), (7, .5), (40, .01)):
         want = TopPLogitsWarper(p)(None, TopKLogitsWarper(k)(None, x)) if p < 1 else TopKLogitsWarper(k)(None, x)
         assert torch.equal(cut(x, torch.full((50,), k), torch.full((50,), p)), want)
+
+def test_a_cut_at_one_cuts_nothing():
+    "Or a row's draw would depend on whether another row of its batch asked for a cut."
+    x = torch.tensor([[20., 0., -5.]])
+    assert torch.equal(cut(x, torch.tensor([3]), torch.tensor([1.])), x)
 
 def test_draws_follow_the_distribution():
     "Chi-square over 20,000 draws: seeds in a row, and steps in a row."

@@ -1,12 +1,13 @@
 "Server: real sockets, the openai client, many guests at once, guests who leave, a browser."
-import asyncio, gc, json, os, re, shutil, socket, statistics, subprocess, sys, threading, time
+import asyncio, gc, json, os, random, re, shutil, socket, statistics, subprocess, sys, threading, time
 from pathlib import Path
+from types import SimpleNamespace
 import pytest, torch
 pytest.importorskip("fastapi"); pytest.importorskip("uvicorn"); httpx = pytest.importorskip("httpx")
 import uvicorn
-from nanochat_nb.engine import Engine
+from nanochat_nb.engine import Engine, Request
 from nanochat_nb.model import GPT, GPTConfig
-from nanochat_nb.server import ServerSettings, Worker, at_stop, make_app
+from nanochat_nb.server import Refused, ServerSettings, Worker, at_stop, make_app, read_body
 from nanochat_nb.tokenizer import train_tokenizer
 
 TEXTS = [f"{i}+{j} 等于几 how much is it 你好世界 hello 👋" for i in range(10) for j in range(10)]
@@ -84,6 +85,12 @@ def test_stop_strings_split_over_pieces():
             if met: break
         assert shown + ("" if met else held) == want
 
+def test_a_stop_is_met_at_the_same_place_in_pieces_of_any_size():
+    rng = random.Random(0)
+    for _ in range(3000):
+        text, *stops = ("".join(rng.choices("abc", k=rng.randint(1, n))) for n in (12, 4, 4, 2))
+        ends = [(i, i - len(s)) for i in range(len(text) + 1) for s in stops if text[:i].endswith(s)]
+        assert (at_stop(text, stops)[0] if ends else text) == text[:min(ends)[1] if ends else None], (text, stops)
 
 async def first_piece(url, i):
     "Seconds until the first text of a streamed answer, which is then read to its end."
@@ -155,6 +162,33 @@ def test_limits():
         assert results.count(429) >= 1 and results.count(200) >= 2 and len(results) == 12, results
     finally: site.close()
 
+def test_a_crowd_at_once_meets_the_limit():
+    site = Site(rows=1, queue=2)
+    async def crowd():
+        async with httpx.AsyncClient(timeout=60) as http:
+            ask = lambda i: http.post(site.url + "/v1/chat/completions", json={"messages": ASK, "stream": i % 2 == 0})
+            return [r.status_code for r in await asyncio.gather(*map(ask, range(20)))]
+    try: assert sorted(asyncio.run(crowd())) == [200] * 3 + [429] * 17
+    finally: site.close()
+
+def test_a_guest_who_comes_later_need_not_wait(site):
+    "Uncompiled, the batch shrinks to the one row that runs; it must grow again."
+    done = []
+    def tell(i): return lambda new, ended: done.append(i) if ended else None
+    long, short = (Request([1], n, tools=False) for n in (450, 5))
+    site.worker.submit(long, tell("long"))
+    while len(long.out) < 20: time.sleep(.001)
+    site.worker.submit(short, tell("short"))
+    while len(done) < 2: time.sleep(.01)
+    assert done == ["short", "long"]
+
+def test_a_guest_who_leaves_while_asking():
+    parts = [{"type": "http.request", "body": b'{"mess', "more_body": True}, {"type": "http.disconnect"}]
+    async def receive(): return parts.pop(0)
+    asked = SimpleNamespace(headers={"content-type": "Application/JSON"}, receive=receive)
+    with pytest.raises(Refused) as e: asyncio.run(read_body(asked))
+    assert e.value.status == 499
+
 def test_odd_requests_get_a_sentence_not_a_crash(site):
     def post(extra): return httpx.post(site.url + "/v1/chat/completions", content=extra, headers={"Content-Type": "application/json"}, timeout=60)
     talk = '{"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, '
@@ -162,6 +196,7 @@ def test_odd_requests_get_a_sentence_not_a_crash(site):
         r = post(talk + extra + "}")
         assert r.status_code == 400 and "expected a" in r.json()["error"]["message"], (extra, r.text)
     assert post("[" * 100_000).json()["error"]["code"] == "not_json"
+    assert post(talk + '"top_k": 1' + "0" * 400 + "}").status_code == 200    # all tokens, as any number beyond the vocabulary
 
 def test_usage_is_sent_where_it_is_asked_for(site):
     for options, n in ((None, 0), ({"include_usage": False}, 0), (5, 0), ({"include_usage": True}, 1)):
@@ -203,7 +238,8 @@ def test_page_in_a_browser(site, tmp_path):
         assert page.locator(".assistant").count() == 1
         page.click("#lang")
         assert page.inner_text("#send") == "Send"
-        page.fill("#text", "more"); page.click("#send"); page.wait_for_selector(".assistant >> nth=1"); page.click("#stop")
+        page.fill("#text", "more"); page.evaluate("() => { $('send').click(); $('stop').click() }")
+        page.wait_for_selector(".assistant >> nth=1")
         page.locator("#stop:disabled").wait_for()
         page.screenshot(path=os.environ.get("SCREENSHOT", str(tmp_path/"page.png")))
         page.click("#fresh")
