@@ -154,6 +154,7 @@ class TextLoader:
         self.cache = TokenCache(cache, self.stream, tokenizer) if cache else None
         self.made_from = dict(kind="text", split=split, seq_len=seq_len, batch_rows=batch_rows, seed=seed,
                               data=data_print(self.stream), buffer=self.buffer, tokenizer=tokenizer.hash)
+    def __iter__(self): return self
 
 # %% ../nbs/01a_loader.ipynb #02d1fd3c
 @patch
@@ -178,9 +179,6 @@ def next_row(self: TextLoader) -> list: # of (place, tokens of the document with
     return self.packer.row()
 
 # %% ../nbs/01a_loader.ipynb #362e1979
-@patch
-def __iter__(self: TextLoader): return self
-
 @patch
 def __next__(self: TextLoader) -> tuple[Tensor, Tensor]: # x, y: (batch_rows / world_size, T) int64
     "The next batch of this rank."
@@ -315,6 +313,7 @@ class ChatLoader:
         self.tokens_seen, self.last_ms = 0, 0.
         self.made_from = dict(kind="chat", seq_len=seq_len, batch_rows=batch_rows, seed=seed, buffer=self.buffer,
                               data=fingerprint(conversations), tokenizer=tokenizer.hash)
+    def __iter__(self): return self
 
 # %% ../nbs/01a_loader.ipynb #cb6f562a
 @patch
@@ -358,9 +357,6 @@ def next_row(self: ChatLoader) -> list: # of (place, (ids, mask), 0, tokens with
     return self.packer.row(cut=False)
 
 # %% ../nbs/01a_loader.ipynb #4c53808e
-@patch
-def __iter__(self: ChatLoader): return self
-
 @patch
 def __next__(self: ChatLoader) -> tuple[Tensor, Tensor]: # x, y: (batch_rows / world_size, T) int64
     "The next batch of this rank."
@@ -454,6 +450,7 @@ class Prefetch:
         self.loader, self.device, self.depth = loader, torch.device(device), depth
         self.pool, self.ready, self.state = ThreadPoolExecutor(1), deque(), loader.state_dict()
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+    def __iter__(self): return self
 
     def _make(self):
         batch = next(self.loader)
@@ -464,9 +461,6 @@ class Prefetch:
         return batch, self.loader.state_dict()
 
 # %% ../nbs/01a_loader.ipynb #53130787
-@patch
-def __iter__(self: Prefetch): return self
-
 @patch
 def __next__(self: Prefetch) -> tuple[Tensor, Tensor]: # x, y on the device
     "The next batch, most often ready."
