@@ -650,7 +650,7 @@ def __call__(self: Encoder,
     b, ends = joined_texts(texts)
     try: cache = self.caches.pop()
     except IndexError: cache = np.zeros((1 << self.bits, 8), np.uint64)
-    out, stops = np.empty(len(b) + len(ends) + 8, np.int32), np.empty(len(ends), np.int64)   # _encode writes in fours
+    out, stops = np.empty(len(b) + len(ends), np.int32), np.empty(len(ends), np.int64)
     sym, rank = np.empty((2, np.diff(ends, prepend=0).max(initial=0) + 1), np.int64)
     n = _encode(b, words_of(b), ends, char_classes(), *self.limits, *self.tables, cache, cache.view(np.int32),
                 sym, rank, bos, out, stops)
