@@ -119,7 +119,7 @@ class Trainer:
     sample: object = dict  # () → dict of samples
     def __post_init__(self):
         cfg, rt = self.cfg, self.rt
-        self.start, self.seconds, self.last = 0, 0.0, {}             # steps and seconds done before; latest values
+        self.start, self.seconds, self.last, self.due = 0, 0.0, {}, ()   # steps, seconds done; latest values; to measure
         self.short = rt.device.type == "cpu" and self.n_steps < 300  # too short to compile: run it exactly instead
         if self.short and not cfg.dtype: rt.dtype = torch.float32
         if rt.device.type == "cuda": self.model.loss_chunk = 2**29 if cfg.activation_budget == 1 else 2**28  # scores
@@ -236,7 +236,7 @@ def sampler(rt, tok, model, data: Path, n_tokens: int = 48):
 @patch
 def observe(self: Trainer, step: int):
     "Measure and sample where it is due; the values go into the metrics as a row of their own."
-    if step % (self.cfg.eval_every or max(1, self.n_steps // 5)) and step != self.n_steps: return
+    if step % (self.cfg.eval_every or max(1, self.n_steps // 5)) and step not in (self.n_steps, *self.due): return
     row = self.evaluate() | ({} if self.sharded else self.sample())  # one rank alone cannot run a sharded model
     self.metrics.log(step=step, n_steps=self.n_steps, **row)
     self.last |= row
@@ -272,8 +272,8 @@ def restore(self: Trainer):
     for group, rates in zip(self.opt.param_groups, asked): group.update(rates)
     self.loader.load_state_dict(meta["loader"])
     set_rng_state(meta["rng"])
-    for row in read_metrics(self.folder / "metrics.jsonl"): self.last |= row if row["step"] < step else {}
-    self.start, self.seconds = step, meta["seconds"]
+    for row in (rows := read_metrics(self.folder / "metrics.jsonl")): self.last |= row if row["step"] < step else {}
+    self.start, self.seconds, self.due = step, meta["seconds"], {r["step"] for r in rows if "loss" not in r} & {step}
 
 # %% ../nbs/03_pretrain.ipynb #1bdf8c80
 @patch

@@ -112,11 +112,13 @@ def test_resumed_when_all_is_done_or_too_much(base, whole):
     assert read_metrics(folder(base)/"metrics.jsonl") == rows
     assert json.loads(out.splitlines()[-1])["loss"] == whole[0][-1]
 
-def test_the_rates_of_a_resumed_run_are_the_new_ones(base, whole):
+def test_a_run_made_longer_at_other_rates(base, whole):
+    "The rates are the new ones; what was measured at its old end is not lost."
     shutil.copytree(folder(whole[1]), folder(base))
-    status, _, err = run(base, "--resume", num_iterations=21, muon_beta2=0.5, matrix_lr=0.01, lr_scale=1.0)
+    status, _, err = run(base, "--resume", num_iterations=30, muon_beta2=0.5, matrix_lr=0.01, lr_scale=1.0)
     assert status == 0, err
-    muon = [g for g in load_checkpoint(folder(base), 21)[2]["param_groups"] if g["kind"] == "muon"]
+    assert [r["step"] for r in read_metrics(folder(base)/"metrics.jsonl") if "bpb_zh" in r] == [0, 4, 8, 12, 16, 20, 24, 30]
+    muon = [g for g in load_checkpoint(folder(base), 30)[2]["param_groups"] if g["kind"] == "muon"]
     assert {(g["beta2"], g["initial_lr"]) for g in muon} == {(0.5, 0.01)}
 
 def test_two_ranks_and_resume_on_one(base, whole):
