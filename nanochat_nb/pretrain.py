@@ -22,8 +22,8 @@ from .model import GPT, config_from_depth, flops_per_token
 from .sharding import load_whole, local, shard_model, whole_state
 from .optim import make_optimizer, plan, set_schedule
 from .runtime import (LiveChart, Metrics, Runtime, all_reduce_mean, barrier, broadcast_object, can_compile,
-                                 close_runtime, freeze_gc, hardware, init_runtime, launch, peak_flops, peak_memory, print0,
-                                 read_metrics)
+                                 close_runtime, freeze_gc, hardware, init_runtime, launch, peak_flops, peak_memory,
+                                 print0, read_metrics)
 from .checkpoint import Saver, check_same_tokenizer, latest_step, load_checkpoint, set_rng_state
 from .engine import Engine
 from .evals import bits_per_byte
@@ -119,7 +119,7 @@ class Trainer:
     sample: object = dict  # () → dict of samples
     def __post_init__(self):
         cfg, rt = self.cfg, self.rt
-        self.start, self.seconds, self.last, self.due = 0, 0.0, {}, ()   # steps, seconds done; latest values; to measure
+        self.start, self.seconds, self.last, self.due = 0, 0.0, {}, ()  # steps, seconds done; latest values; to measure
         self.short = rt.device.type == "cpu" and self.n_steps < 300  # too short to compile: run it exactly instead
         if self.short and not cfg.dtype: rt.dtype = torch.float32
         if rt.device.type == "cuda": self.model.loss_chunk = 2**29 if cfg.activation_budget == 1 else 2**28  # scores
@@ -264,12 +264,12 @@ def restore(self: Trainer):
     if diff := {k: v for k, v in meta["config"].items() if v != ours.get(k)}:
         raise NanochatError(f"the checkpoint in {self.folder} has {diff}, the settings ask for "
                             f"{ {k: ours.get(k) for k in diff} }; use another tag, or the old settings")
-    if step > self.n_steps: raise NanochatError(f"the checkpoint in {self.folder} has {step} steps behind it, more than "
-                                                f"num_iterations={self.n_steps}; use another tag, or more steps")
-    asked = [{k: g[k] for k in ("initial_lr", "initial_weight_decay", "beta2") if k in g} for g in self.opt.param_groups]
+    if step > self.n_steps: raise NanochatError(f"the checkpoint in {self.folder} has {step} steps behind it, more "
+                                                f"than num_iterations={self.n_steps}; use another tag, or more steps")
+    own = [{k: g[k] for k in ("initial_lr", "initial_weight_decay", "beta2") if k in g} for g in self.opt.param_groups]
     load_whole(self.model, model)
     self.opt.load_state_dict(opt)
-    for group, rates in zip(self.opt.param_groups, asked): group.update(rates)
+    for group, rates in zip(self.opt.param_groups, own): group.update(rates)
     self.loader.load_state_dict(meta["loader"])
     set_rng_state(meta["rng"])
     for row in (rows := read_metrics(self.folder / "metrics.jsonl")): self.last |= row if row["step"] < step else {}
