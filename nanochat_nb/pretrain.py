@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'LARGE', 'RATES', 'RunSettings', 'TrainSettings', 'PretrainSettings', 'fill', 'Trainer', 'evaluator',
-           'sampler', 'open_tokenizer', 'in_turn', 'artefacts', 'train', 'metrics_path', 'launch_training',
+           'sampler', 'launch_id', 'open_tokenizer', 'in_turn', 'artefacts', 'train', 'metrics_path', 'launch_training',
            'last_values', 'main']
 
 # %% ../nbs/03_pretrain.ipynb #138cf68e
@@ -13,8 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import torch, torch._functorch.config
 from fastcore.basics import patch
-from .settings import (NanochatError, atomic_path, base_folder, from_notebook, read_json, run_main,
-                                  write_json, write_yaml)
+from .settings import NanochatError, base_folder, from_notebook, read_json, run_main, write_json, write_yaml
 from .data import find_data, iter_texts
 from .tokenizer import Tokenizer, TokenizerSettings, prepare_tokenizer
 from .loader import Prefetch, TextLoader, eval_batches, loader_warning, prepare_cache
@@ -22,9 +21,9 @@ from .kernels import fp8_works
 from .model import GPT, config_from_depth, flops_per_token
 from .sharding import load_whole, local, shard_model, whole_state
 from .optim import make_optimizer, plan, set_schedule
-from .runtime import (LiveChart, Metrics, Runtime, all_reduce_mean, barrier, can_compile, close_runtime,
-                                 freeze_gc, hardware, init_runtime, launch, peak_flops, peak_memory, print0,
-                                 read_metrics)
+from .runtime import (LiveChart, Metrics, Runtime, all_reduce_mean, barrier, broadcast_object, can_compile,
+                                 close_runtime, freeze_gc, hardware, init_runtime, launch, peak_flops, peak_memory,
+                                 print0, read_metrics)
 from .checkpoint import Saver, check_same_tokenizer, latest_step, load_checkpoint, set_rng_state
 from .engine import Engine
 from .evals import bits_per_byte
@@ -120,7 +119,7 @@ class Trainer:
     sample: object = dict  # () → dict of samples
     def __post_init__(self):
         cfg, rt = self.cfg, self.rt
-        self.start, self.seconds, self.last = 0, 0.0, {}             # steps and seconds done before; latest values
+        self.start, self.seconds, self.last, self.due = 0, 0.0, {}, ()  # steps, seconds done; latest values; to measure
         self.short = rt.device.type == "cpu" and self.n_steps < 300  # too short to compile: run it exactly instead
         if self.short and not cfg.dtype: rt.dtype = torch.float32
         if rt.device.type == "cuda": self.model.loss_chunk = 2**29 if cfg.activation_budget == 1 else 2**28  # scores
@@ -237,7 +236,7 @@ def sampler(rt, tok, model, data: Path, n_tokens: int = 48):
 @patch
 def observe(self: Trainer, step: int):
     "Measure and sample where it is due; the values go into the metrics as a row of their own."
-    if step % (self.cfg.eval_every or max(1, self.n_steps // 5)) and step != self.n_steps: return
+    if step % (self.cfg.eval_every or max(1, self.n_steps // 5)) and step not in (self.n_steps, *self.due): return
     row = self.evaluate() | ({} if self.sharded else self.sample())  # one rank alone cannot run a sharded model
     self.metrics.log(step=step, n_steps=self.n_steps, **row)
     self.last |= row
@@ -254,44 +253,53 @@ def save(self: Trainer, step: int):
 @patch
 def restore(self: Trainer):
     "Take all but the rates, which are those of the settings, from the latest checkpoint, if there is one."
-    if latest_step(self.folder) is None: return
+    here = latest_step(self.folder)
+    if here != (main := broadcast_object(here)):
+        raise NanochatError(f"{self.folder} has a checkpoint of step {here}, but step {main} where the main rank runs; "
+                            "put base_dir on a disk that all machines share, or copy the folder")
+    if here is None: return
     step, model, opt, meta = load_checkpoint(self.folder, device="cpu" if self.sharded else self.rt.device)
     check_same_tokenizer(meta, self.tok.hash)
     ours = asdict(self.model.cfg)
     if diff := {k: v for k, v in meta["config"].items() if v != ours.get(k)}:
         raise NanochatError(f"the checkpoint in {self.folder} has {diff}, the settings ask for "
                             f"{ {k: ours.get(k) for k in diff} }; use another tag, or the old settings")
-    asked = [{k: g[k] for k in ("initial_lr", "initial_weight_decay")} for g in self.opt.param_groups]
+    if step > self.n_steps: raise NanochatError(f"the checkpoint in {self.folder} has {step} steps behind it, more "
+                                                f"than num_iterations={self.n_steps}; use another tag, or more steps")
+    own = [{k: g[k] for k in ("initial_lr", "initial_weight_decay", "beta2") if k in g} for g in self.opt.param_groups]
     load_whole(self.model, model)
     self.opt.load_state_dict(opt)
-    for group, rates in zip(self.opt.param_groups, asked): group.update(rates)
+    for group, rates in zip(self.opt.param_groups, own): group.update(rates)
     self.loader.load_state_dict(meta["loader"])
     set_rng_state(meta["rng"])
-    self.start, self.seconds = step, meta["seconds"]
+    for row in (rows := read_metrics(self.folder / "metrics.jsonl")): self.last |= row if row["step"] < step else {}
+    self.start, self.seconds, self.due = step, meta["seconds"], {r["step"] for r in rows if "loss" not in r} & {step}
 
 # %% ../nbs/03_pretrain.ipynb #1bdf8c80
 @patch
 def set_aside(self: Trainer):
-    "Move an earlier run of this tag to `before/`, replacing what was there."
-    if self.rt.is_main and latest_step(self.folder) is not None:
+    "Move an earlier run of this tag to `before/`, replacing what was there, or finish a move that was cut short."
+    way, names = self.folder / ".before", ("step_*", "latest", "metrics.jsonl")
+    if self.rt.is_main and (way.exists() or latest_step(self.folder) is not None):
+        way.mkdir(exist_ok=True)
+        for p in [p for name in names for p in self.folder.glob(name)]: p.rename(way / p.name)
         shutil.rmtree(self.folder / "before", ignore_errors=True)
-        (self.folder / "before").mkdir()
-        old = [self.folder / "latest", self.folder / "metrics.jsonl", *self.folder.glob("step_*")]
-        for p in old:
-            if p.exists(): p.rename(self.folder / "before" / p.name)
+        way.rename(self.folder / "before")
         print0(f"the earlier run in {self.folder} is now in its subfolder before; resume would have gone on with it")
+    if self.rt.is_main: write_json(self.folder / "run.json", launch_id())
     barrier()
 
 # %% ../nbs/03_pretrain.ipynb #df8b02e4
+def launch_id() -> str:
+    "The run's id of torchrun, and the process it is in: over several machines the id alone is always the same."
+    return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')} {os.getppid()}"
+
 @patch
-def restarted(self: Trainer) -> bool:
-    "Whether torchrun has started the ranks of this very run again; notes the run's id."
-    run, mark = os.environ.get("TORCHELASTIC_RUN_ID", ""), self.folder / "run"
-    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and mark.exists() and mark.read_text() == run
-    barrier()
-    if self.rt.is_main:
-        with atomic_path(mark) as p: p.write_text(run)
-    return again
+def goes_on(self: Trainer) -> bool:
+    "Whether to restore: if asked to, or if torchrun has started this very run again; not while a move is unfinished."
+    mark, again = self.folder / "run.json", os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    again = again and mark.exists() and read_json(mark) == launch_id()
+    return broadcast_object((self.cfg.resume or again) and not (self.folder / ".before").exists())
 
 # %% ../nbs/03_pretrain.ipynb #78f5d84e
 @patch
@@ -313,9 +321,9 @@ def fast_model(self: Trainer): # what `train_step` runs
 @patch
 def fit(self: Trainer) -> dict: # the last values of everything measured
     "Train to the end, from the latest checkpoint if `cfg.resume`."
-    self.restore() if self.cfg.resume or self.restarted() else self.set_aside()
+    self.peak = peak_flops(self.rt)                            # draws random numbers, so before `restore`
+    self.restore() if self.goes_on() else self.set_aside()
     self.metrics = Metrics(self.folder / "metrics.jsonl", self.start, self.cfg.tracker)
-    self.peak = peak_flops(self.rt)
     if self.rt.is_main: write_yaml(self.folder / "settings.yaml", self.cfg)
     model = self.fast_model()
     self.waits, self.warned = collections.deque(maxlen=20), ""

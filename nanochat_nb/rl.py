@@ -17,8 +17,8 @@ from . import data
 from .settings import NanochatError, base_folder, did_you_mean, from_notebook, run_main, write_json
 from .world import L, TASKS
 from .convert import hold_out, mix_counts, parse_mix
-from .loader import shuffled
-from .runtime import all_reduce_mean, close_runtime, hardware, init_runtime, print0, read_metrics
+from .loader import check_state, shuffled
+from .runtime import all_reduce_mean, close_runtime, hardware, init_runtime, print0
 from .checkpoint import check_same_tokenizer
 from .engine import Engine
 from .sampling import forced_by
@@ -158,6 +158,7 @@ class Questions:
     "Endless numbers of questions, every pass in another order, and their places in the run; this rank's share."
     def __init__(self, n: int, per_step: int, seed: int, rank: int = 0, world_size: int = 1):
         self.n, self.per_step, self.seed, self.rank, self.world_size, self.step = n, per_step, seed, rank, world_size, 0
+        self.made_from = dict(n=n, per_step=per_step, seed=seed)
 
     def __next__(self) -> tuple:  # numbers, places: (q,) int64
         at = range(self.step * self.per_step, (self.step + 1) * self.per_step)[self.rank::self.world_size]
@@ -165,8 +166,8 @@ class Questions:
         self.step += 1
         return torch.tensor([order[i // self.n][i % self.n] for i in at]).long(), torch.tensor(at).long()
 
-    def state_dict(self) -> dict: return dict(step=self.step)
-    def load_state_dict(self, state: dict): self.step = state["step"]
+    def state_dict(self) -> dict: return dict(self.made_from, step=self.step)
+    def load_state_dict(self, state: dict): check_state(self.made_from, state); self.step = state["step"]
 
 # %% ../nbs/07_rl.ipynb #cf795b5b
 @dataclass
@@ -176,20 +177,14 @@ class RLTrainer(Trainer):
 
     def __post_init__(self):
         super().__post_init__()
-        self.engine, self.tokens, self.stats = Engine(self.model, self.tok, self.rt), 0, {}
+        self.engine, self.stats = Engine(self.model, self.tok, self.rt), {}
 
     def fast_model(self): return self.model   # rows differ in length: not compiled
-
-    def restore(self):
-        super().restore()
-        rows = read_metrics(self.folder / "metrics.jsonl")
-        self.tokens = max((r["tokens"] for r in rows if "tokens" in r and r["step"] < self.start), default=0)
 
     def train_step(self, model, step: int) -> dict: # a row of metrics
         "One step of the optimiser, and how the answers did."
         row = super().train_step(model, step)
-        self.tokens += self.batch_tokens
-        return row | self.stats | dict(tokens=self.tokens)
+        return row | self.stats | dict(tokens=self.last.get("tokens", 0) + self.batch_tokens)
 
 # %% ../nbs/07_rl.ipynb #117882e4
 @patch

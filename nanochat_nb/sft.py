@@ -142,11 +142,12 @@ def train(cfg: SFTSettings) -> dict: # the last values of everything measured
     for note in notes: print0(note)
     loader, chat = mixture(cfg, rt, tok, data, seq_len, tokens // seq_len)
     base = base_folder(cfg.base_dir)
-    out = Trainer(cfg, rt, tok, model, loader, base / f"{cfg.stage}_checkpoints" / cfg.tag, steps_of(cfg, chat), micro,
-                  tokens, evaluator(cfg, rt, tok, model, data), chat_sampler(rt, tok, model, chat.conversations)).fit()
-    lost = dict(n_cut=chat.n_cut, n_dropped=chat.n_dropped)
-    if any(lost.values()): print0(f"of {len(chat.conversations):,} conversations {chat.n_cut:,} were cut to "
-                                  f"seq_len={seq_len}, {chat.n_dropped:,} left out")
+    t = Trainer(cfg, rt, tok, model, loader, base / f"{cfg.stage}_checkpoints" / cfg.tag, steps_of(cfg, chat), micro,
+                tokens, evaluator(cfg, rt, tok, model, data), chat_sampler(rt, tok, model, chat.conversations))
+    out, state = t.fit(), t.loader.state_dict()                 # of the batches used, not of those made ahead
+    lost = {k: state.get("chat", state)[k] for k in ("n_cut", "n_dropped")}
+    if any(lost.values()): print0(f"of {len(chat.conversations):,} conversations {lost['n_cut']:,} were cut to "
+                                  f"seq_len={seq_len}, {lost['n_dropped']:,} left out")
     report = dict(settings=asdict(cfg), seconds=time.time() - begun, ranks=rt.world_size, hardware=hardware(),
                   start=str(start), **lost)
     if rt.is_main: write_json(base / "report" / f"{cfg.stage}.json", report)

@@ -16,8 +16,7 @@ from fastcore.basics import patch
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from .data import find_data, iter_texts, read_manifest
-from .settings import (NanochatError, atomic_path, base_folder, did_you_mean, read_json,
-                                  run_main, write_json)
+from .settings import NanochatError, atomic_path, base_folder, did_you_mean, read_json, run_main, write_json
 
 # %% ../nbs/01_tokenizer.ipynb #04a65dea
 COLOURS = ("#ffd6a5", "#caffbf", "#9bf6ff", "#d0c4ff", "#ffc6ff", "#fdffb6")

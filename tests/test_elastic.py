@@ -2,9 +2,10 @@
 import json, os, shutil, signal, subprocess
 from pathlib import Path
 from types import SimpleNamespace
-import pytest
-from nanochat_nb.checkpoint import latest_step
+import pytest, torch
+from nanochat_nb.checkpoint import latest_step, save_checkpoint
 from nanochat_nb.pretrain import Trainer
+from nanochat_nb.settings import NanochatError
 import test_pretrain
 from test_pretrain import children, command, environment, prepared, run, wait_for   # `prepared` is a fixture
 
@@ -61,14 +62,50 @@ def test_two_ranks_then_one_then_four(whole):
 
 def test_only_a_restart_of_the_same_launch_goes_on(tmp_path, monkeypatch):
     "An older run of the same tag is not taken for this one, also when ranks are started again."
-    trainer = SimpleNamespace(folder=tmp_path, rt=SimpleNamespace(is_main=True))
-    def begin(run, count):
+    trainer = SimpleNamespace(folder=tmp_path, rt=SimpleNamespace(is_main=True), cfg=SimpleNamespace(resume=False))
+    def begin(run, count, agent=1):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", run); monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
-        return Trainer.restarted(trainer)
+        monkeypatch.setattr(os, "getppid", lambda: agent)
+        again = Trainer.goes_on(trainer)
+        if not again: Trainer.set_aside(trainer)
+        return again
     assert [begin("a", 0), begin("a", 1), begin("a", 2)] == [False, True, True]
     assert [begin("b", 1), begin("b", 2), begin("b", 0)] == [False, True, False]    # b's first start died early
+    assert [begin("b", 1, agent=2), begin("b", 2, agent=2)] == [False, True]        # several machines: the same id for every launch
     monkeypatch.delenv("TORCHELASTIC_RUN_ID"); monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
-    assert not Trainer.restarted(trainer)
+    assert not Trainer.goes_on(trainer)
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_move_cut_short_is_finished(tmp_path, monkeypatch, resume):
+    "Killed while the earlier run is moved away and started again: nothing of it is lost, and nothing of it is resumed."
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a"); monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    rename, count, done, k = Path.rename, [0], False, 0
+    def dies(self, to):
+        count[0] += 1
+        if count[0] == k: raise KeyboardInterrupt
+        return rename(self, to)
+    monkeypatch.setattr(Path, "rename", dies)
+    while not done:
+        f, k, count[0] = tmp_path/str(k), k + 1, -1000
+        for s in (4, 8): save_checkpoint(f, s, {"w": torch.zeros(1)})
+        (f/"metrics.jsonl").write_text("{}\n"); (f/"before").mkdir()
+        trainer = SimpleNamespace(folder=f, rt=SimpleNamespace(is_main=True), cfg=SimpleNamespace(resume=False))
+        count[0] = 0
+        try: Trainer.set_aside(trainer); done = True
+        except KeyboardInterrupt: pass
+        trainer.cfg.resume = resume and (f/".before").exists() and any((f/".before").iterdir())
+        if not done:
+            assert not Trainer.goes_on(trainer)
+            Trainer.set_aside(trainer)
+        assert latest_step(f) is None and sorted(p.name for p in f.iterdir()) == ["before", "run.json"]
+        assert sorted(p.name for p in (f/"before").iterdir()) == ["latest", "metrics.jsonl", "step_000004", "step_000008"]
+    assert k > 4
+
+def test_a_checkpoint_that_only_one_machine_has(tmp_path, monkeypatch):
+    "Another machine would begin with new weights, and nobody would notice."
+    monkeypatch.setattr("nanochat_nb.pretrain.broadcast_object", lambda _: 8)      # what the main rank found
+    with pytest.raises(NanochatError, match="step None, but step 8 where the main rank runs; put base_dir on a disk"):
+        Trainer.restore(SimpleNamespace(folder=tmp_path))
 
 def test_parameters_split_on_the_way(whole):
     "Resumed on four ranks that split the parameters, then on one that has them all: the losses stay those of two ranks."

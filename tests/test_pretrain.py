@@ -2,8 +2,8 @@
 import ast, json, os, random, shutil, signal, subprocess, sys, time
 from dataclasses import asdict, fields
 from pathlib import Path
-import nbformat, pytest
-from nanochat_nb.checkpoint import damage, latest_step
+import nbformat, pytest, torch
+from nanochat_nb.checkpoint import damage, latest_step, load_checkpoint, pack_state, read_state
 from nanochat_nb.data import DataSettings, prepare, shard_paths
 from nanochat_nb.pretrain import PretrainSettings
 from nanochat_nb.runtime import read_metrics
@@ -85,6 +85,9 @@ def test_sigkill_and_resume_gives_the_same_losses(base, whole):
     status, _, err = run(base, "--dtype=float32", "--compile=false", "--resume")
     assert status == 0, err
     assert losses(base) == whole[0]
+    for name in ("model.safetensors", "optimizer.safetensors"):         # the latter holds torch's random state too
+        a, b = (read_state(folder(x)/"step_000020"/name) for x in (base, whole[1]))
+        assert str(pack_state(a, one := {})) == str(pack_state(b, two := {})) and all(map(torch.equal, one.values(), two.values()))
     assert [r["step"] for r in read_metrics(folder(base)/"metrics.jsonl") if "bpb_zh" in r] == [0, 4, 8, 12, 16, 20]
 
 def test_kill_before_the_first_checkpoint_of_a_second_run(base, whole):
@@ -97,6 +100,26 @@ def test_kill_before_the_first_checkpoint_of_a_second_run(base, whole):
     status, _, err = run(base, "--resume", seed=1, save_every=0)
     assert status == 0, err
     assert len(losses(base)) == 20 and losses(base)[3] != whole[0][3]
+
+def test_resumed_when_all_is_done_or_too_much(base, whole):
+    "At the last step nothing is left but to measure again, and the summary is whole; asked for fewer steps than that, it refuses."
+    shutil.copytree(folder(whole[1]), folder(base))
+    rows = read_metrics(folder(base)/"metrics.jsonl")
+    status, _, err = run(base, "--resume", num_iterations=12)
+    assert status == 2 and "has 20 steps behind it, more than num_iterations=12" in err and "Traceback" not in err
+    status, out, err = run(base, "--dtype=float32", "--compile=false", "--resume")
+    assert status == 0, err
+    assert read_metrics(folder(base)/"metrics.jsonl") == rows
+    assert json.loads(out.splitlines()[-1])["loss"] == whole[0][-1]
+
+def test_a_run_made_longer_at_other_rates(base, whole):
+    "The rates are the new ones; what was measured at its old end is not lost."
+    shutil.copytree(folder(whole[1]), folder(base))
+    status, _, err = run(base, "--resume", num_iterations=30, muon_beta2=0.5, matrix_lr=0.01, lr_scale=1.0)
+    assert status == 0, err
+    assert [r["step"] for r in read_metrics(folder(base)/"metrics.jsonl") if "bpb_zh" in r] == [0, 4, 8, 12, 16, 20, 24, 30]
+    muon = [g for g in load_checkpoint(folder(base), 30)[2]["param_groups"] if g["kind"] == "muon"]
+    assert {(g["beta2"], g["initial_lr"]) for g in muon} == {(0.5, 0.01)}
 
 def test_two_ranks_and_resume_on_one(base, whole):
     "Two ranks have the losses of one; stopped and resumed on one rank they still have."

@@ -64,6 +64,12 @@ def test_two_ranks_learn_as_one_does(base):
     assert [x[1:] for x in two] == [pytest.approx(x[1:]) for x in one] and len(one) == 6 and 0 < one[0][1] < 1
     assert [x[0] for x in two] == pytest.approx([x[0] for x in one], abs=1e-4)
 
+def test_questions_of_another_run_are_not_gone_on_with():
+    "With another number a step the places would shift: some questions asked twice, others never."
+    ours = rl.Questions(10, 4, 42)
+    next(ours)
+    with pytest.raises(NanochatError, match="per_step=4, this loader has 5"): rl.Questions(10, 5, 42).load_state_dict(ours.state_dict())
+
 @pytest.mark.parametrize("kw, says", [
     (dict(depth=7), "no checkpoint of stage base with tag d7"), (dict(init="rl"), "starts from base, mid, sft"), (dict(group=1), "group=1"),
     (dict(temperature=0.0), "temperature=0.0"), (dict(questions="worlds"), "did you mean 'world'"), (dict(questions=","), "there are none"),

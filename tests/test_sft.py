@@ -1,9 +1,10 @@
 "Midtraining and fine-tuning: what is learned after packing, kills, ranks, the parameters cell and bad input."
 import ast, dataclasses, json, os, signal, subprocess, sys, time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 import pytest, torch
-from nanochat_nb import sft
+from nanochat_nb import pretrain, sft
 from nanochat_nb.loader import ChatLoader
 from nanochat_nb.runtime import Runtime, read_metrics
 from nanochat_nb.settings import NanochatError, field_comments
@@ -80,6 +81,16 @@ def test_a_run_without_any_target_in_some_rows_is_finite(base, tmp_path):
     assert out["n_dropped"] == 8 and out["n_cut"] == 0
     assert all(0 < l < 20 for l in losses(base, "mid"))
     assert json.loads((base / "report/mid.json").read_text())["n_dropped"] == 8
+
+def test_what_is_counted_does_not_depend_on_batches_made_ahead(base, tmp_path, monkeypatch):
+    rows = [{"messages": [{"role": "user", "content": "long " * 200}, {"role": "assistant", "content": "never seen"}]}, DIALOGUES[2]] * 400
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    def dropped(depth):
+        with monkeypatch.context() as m:
+            m.setattr(pretrain, "Prefetch", partial(pretrain.Prefetch, depth=depth))
+            out = sft.train(settings(base, stage="mid", conversations=str(tmp_path / "c.jsonl"), text_share=0.0, num_iterations=3))
+        return out["n_dropped"]
+    assert dropped(0) == dropped(20) > 0
 
 def test_killed_and_resumed_is_as_if_nothing_had_happened(base):
     cfg = settings(base, init="base", num_iterations=60, save_every=4, keep=2)
