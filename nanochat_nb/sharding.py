@@ -27,9 +27,7 @@ def share(
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor            # newer, older torch
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-def _padded(t: Tensor, n: int):
-    "t with rows of zeros, n in all."
-    return t.contiguous() if len(t) == n else torch.cat((t, t.new_zeros(n - len(t), *t.shape[1:])))
+def _padded(t, n): return t.contiguous() if len(t) == n else torch.cat((t, t.new_zeros(n - len(t), *t.shape[1:])))
 
 def scatter_mean(
     t: Tensor,  # (n, …), another on every rank
