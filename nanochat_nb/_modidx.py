@@ -560,7 +560,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'nanochat_nb.optim.even_out': ('optim.html#even_out', 'nanochat_nb/optim.py'),
                                    'nanochat_nb.optim.lr_multiplier': ('optim.html#lr_multiplier', 'nanochat_nb/optim.py'),
                                    'nanochat_nb.optim.make_optimizer': ('optim.html#make_optimizer', 'nanochat_nb/optim.py'),
-                                   'nanochat_nb.optim.matmul_dtype': ('optim.html#matmul_dtype', 'nanochat_nb/optim.py'),
                                    'nanochat_nb.optim.muon_group': ('optim.html#muon_group', 'nanochat_nb/optim.py'),
                                    'nanochat_nb.optim.muon_momentum': ('optim.html#muon_momentum', 'nanochat_nb/optim.py'),
                                    'nanochat_nb.optim.neuron_means': ('optim.html#neuron_means', 'nanochat_nb/optim.py'),

@@ -245,6 +245,10 @@ def observe(self: Trainer, step: int):
 @patch
 def save(self: Trainer, step: int):
     "A checkpoint after `step` steps."
+    bad = torch.stack([~local(p.detach()).isfinite().all() for p in self.model.parameters()]).any().float()
+    all_reduce_mean([bad])
+    if bad: raise NanochatError(f"weights are infinite or NaN after {step} steps; the checkpoint before is sound: "
+                                f"lower lr_scale (now {self.cfg.lr_scale:.3g}) and resume")
     meta = dict(config=asdict(self.model.cfg), tokenizer_hash=self.tok.hash, settings=asdict(self.cfg),
                 loader=self.loader.state_dict(), n_steps=self.n_steps, seconds=self.seconds)
     self.saver.save(self.folder, step, whole_state(self.model), self.opt, meta=meta, keep=self.cfg.keep)
