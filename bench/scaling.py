@@ -10,7 +10,7 @@ in the base folder. Every row is a torchrun of its own: 524,288 tokens a step fo
 kernels and nothing else, in a trace of one step. Efficiency is against the row of the same kind with the fewest ranks. `--device cpu`
 tries all of it without a GPU (gloo).
 """
-import argparse, json, os, shutil, signal, statistics, subprocess, sys, tempfile, time
+import argparse, atexit, json, os, shutil, signal, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -153,7 +153,8 @@ def main():
     if a.one: return rank(json.loads(a.one))
     if a.table: return table([r for r in map(json.loads, Path(a.table).read_text().splitlines()) if "elastic" not in r])
     if not a.source: ap.error("SOURCE is missing: a folder of shards")
-    a.base, a.steps, rows = a.base or tempfile.mkdtemp(), a.steps or (200 if a.elastic else 10), []
+    if not a.base: a.base = tempfile.mkdtemp(); atexit.register(shutil.rmtree, a.base, True)
+    a.steps, rows = a.steps or (200 if a.elastic else 10), []
     a.source = ",".join(str(Path(s).resolve()) for s in a.source.split(","))
     prepare(vars(a))
     if a.elastic: return elastic(a)
