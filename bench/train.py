@@ -4,8 +4,10 @@ python bench/train.py --reference PATH [--runs NAME …] [--out FILE.jsonl]
 
 PATH is a checkout of karpathy/nanochat. Every run is a process of its own with the same random tokens: 524,288 a step in
 micro-batches, forward, backward and optimiser. Rates are medians of the timed steps; kinds of time come from a trace of one.
+With `--together` all runs compile side by side, and when the last has, they are timed one after the other: less time on a
+machine that is lent, but a first step that other runs slowed down.
 """
-import argparse, json, os, statistics, subprocess, sys, time
+import argparse, contextlib, fcntl, json, os, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,21 +93,30 @@ def kinds_of_time(step):
         top.append((round(ms, 2), e.count, e.key[:90]))
     return {k: round(v, 1) for k, v in out.items()}, sorted(top, reverse=True)[:14]
 
+@contextlib.contextmanager
+def locked(how):
+    "Compiling shares the lock, timing wants it alone: so nobody is timed while anybody compiles."
+    with open(Path(tempfile.gettempdir()) / "bench_train.lock", "w") as f:
+        fcntl.flock(f, how)
+        yield
+
 def one(run):
     import torch
     began = time.time()
-    step, flops, params, peak = (ours if run["who"] == "ours" else reference)(run)
-    loss = step(); torch.cuda.synchronize()
-    first = time.time() - began
-    step(); torch.cuda.synchronize()
+    with locked(fcntl.LOCK_SH):
+        step, flops, params, peak = (ours if run["who"] == "ours" else reference)(run)
+        step(); torch.cuda.synchronize()
+        first = time.time() - began
     seconds = []
-    for _ in range(run["steps"]):
-        t = time.perf_counter(); loss = step(); torch.cuda.synchronize(); seconds.append(time.perf_counter() - t)
+    with locked(fcntl.LOCK_EX):
+        step(); torch.cuda.synchronize()
+        for _ in range(run["steps"]):
+            t = time.perf_counter(); loss = step(); torch.cuda.synchronize(); seconds.append(time.perf_counter() - t)
+        kinds, top = kinds_of_time(step)
     rate, mem = BATCH / statistics.median(seconds), torch.cuda.max_memory_allocated() / 1e9
-    kinds, top = kinds_of_time(step)
     for t in top: print(*t, file=sys.stderr)
     micro = BATCH // T // run["rows"]
-    print(json.dumps(dict(run, tok_per_s=round(rate), mfu=round(rate * flops / 989e12, 4), of_measured_peak=round(rate * flops / peak, 4),
+    print(json.dumps(dict(run, gpu=torch.cuda.get_device_name(), tok_per_s=round(rate), mfu=round(rate * flops / 989e12, 4), of_measured_peak=round(rate * flops / peak, 4),
                           params=params, memory_gb=round(mem, 1), first_step_s=round(first, 1), loss=round(loss, 3),
                           ms_per_micro=round(1000 * statistics.median(seconds) / micro, 1),
                           kinds={k: round(v / micro, 1) for k, v in kinds.items()})))
@@ -118,22 +129,28 @@ def table(rows):
         print(f"| {r['name']} | {r['params'] / 1e6:.0f}M | {r['tok_per_s']:,} | {r['mfu']:.1%} | {r['memory_gb']} | {r['first_step_s']} | {r['ms_per_micro']} | "
               + " | ".join(str(k.get(n, 0)) for n in ("products", "attention", "loss", "other")) + " |")
 
+def finish(a, rows, name, process):
+    "Wait for a run and add its row."
+    out, err = process.communicate()
+    print(f"--- {name}\n{err[-2600:]}", file=sys.stderr, flush=True)
+    if process.returncode: return
+    rows.append({k: v for k, v in json.loads(out.splitlines()[-1]).items() if k != "path"})
+    if a.out: Path(a.out).open("a").write(json.dumps(rows[-1]) + "\n")
+
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--reference", default=""); ap.add_argument("--runs", nargs="*", default=list(RUNS)); ap.add_argument("--steps", type=int, default=8)
-    ap.add_argument("--out", default=""); ap.add_argument("--one")
+    ap.add_argument("--out", default=""); ap.add_argument("--one"); ap.add_argument("--together", action="store_true")
     a = ap.parse_args()
     if a.one: return one(json.loads(a.one))
-    rows = []
+    rows, todo = [], []
     for name in a.runs:
         run = dict(RUNS[name], name=name, path=a.reference, steps=a.steps if RUNS[name]["depth"] < 16 else max(3, a.steps // 2))
         if run["who"] == "reference" and not a.reference: continue
-        done = subprocess.run([sys.executable, __file__, "--one", json.dumps(run)], capture_output=True, text=True,
-                              env=os.environ | run.get("env", {}))
-        print(f"--- {name}\n{done.stderr[-2600:]}", file=sys.stderr, flush=True)
-        if done.returncode: continue
-        rows.append({k: v for k, v in json.loads(done.stdout.splitlines()[-1]).items() if k != "path"})
-        if a.out: Path(a.out).open("a").write(json.dumps(rows[-1]) + "\n")
+        todo.append((name, subprocess.Popen([sys.executable, __file__, "--one", json.dumps(run)], text=True, stdout=subprocess.PIPE,
+                                            stderr=subprocess.PIPE, env=os.environ | run.get("env", {}))))
+        if not a.together: finish(a, rows, *todo.pop())
+    for name, process in todo: finish(a, rows, name, process)
     table(rows)
 
 if __name__ == "__main__": main()

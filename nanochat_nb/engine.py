@@ -7,7 +7,7 @@ __all__ = ['N_FORCED', 'Slots', 'Fill', 'Next', 'decode_step', 'compiled_step', 
            'Batch', 'Reader']
 
 # %% ../nbs/05_engine.ipynb #97b1edcf
-import copy, functools, warnings
+import functools, warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -154,14 +154,14 @@ class Frozen(nn.Module):
 
     def forward(self, x):
         x, w = x.to(self.dtype), self.weight.to(self.dtype)
-        few = x.device.type == "cpu" and torch.compiler.is_compiling() and x.numel() <= 4 * x.size(-1)  # rows
+        few = torch.compiler.is_compiling() and x.numel() <= 4 * x.size(-1)  # rows: spelled out it is one kernel
         y = (x[..., None, :].float() * w.float()).sum(-1).to(self.dtype) if few else F.linear(x, w)
         return y if self.scale is None else y * self.scale
 
 # %% ../nbs/05_engine.ipynb #15d6f209
 def frozen_copy(model, dtype: torch.dtype, int8: bool):
     "The model with `Frozen` matrices, queries, keys and values in one; all else is shared with the original."
-    new = copy.deepcopy(model, {id(t): t for t in [*model.parameters(), *model.buffers()]})
+    new = model.twin()
     for m in [*new.modules()]:
         if isinstance(m, Attention): m.q, m.k, m.v = Frozen([m.q, m.k, m.v], dtype, int8), None, None
         for name, part in [*m.named_children()]:
@@ -278,14 +278,15 @@ def _step(self: Batch, n: int, mode: str):
 @patch
 @torch.no_grad()
 def _record(self: Batch, step):
-    "A step as a CUDA graph; the table is put back after the trial runs."
+    "`chunk` steps as one CUDA graph; the table is put back after the trial runs."
     kept, side = [x.clone() for x in (self.state, self.out)], torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3): step()                                     # compiles, allocates workspaces
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph): step()
+    with torch.cuda.graph(graph):
+        for _ in range(self.engine.chunk): step()
     for x, old in zip((self.state, self.out), kept): x.copy_(old)
     self.recorded.append(step)             # a replay reads its tensors where they stood: they must not be freed
     return graph.replay
@@ -306,7 +307,7 @@ def _launch(self: Batch):
             if key not in self.graphs:
                 step = self._step(*key)
                 self.graphs[key] = self._record(step) if e.device.type == "cuda" else step
-            for _ in range(e.chunk): self.graphs[key]()
+            for _ in range(1 if e.device.type == "cuda" else e.chunk): self.graphs[key]()
     except BackendCompilerFailed as err:
         warnings.warn(f"decoding goes on uncompiled, for the compiler failed: {str(err).splitlines()[0]}")
         e.compile, self.graphs = False, {}

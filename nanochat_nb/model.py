@@ -8,14 +8,15 @@ __all__ = ['ARCHS', 'HF_NAMES', 'GPTConfig', 'config_from_depth', 'norm', 'rope_
            'flops_per_token', 'memory_bytes', 'ModelSettings', 'model_report', 'main']
 
 # %% ../nbs/02_model.ipynb #a8e1cacb
-import json, math
+import copy, json, math
 from dataclasses import asdict, dataclass
 import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from .settings import NanochatError, did_you_mean, run_main
-from .kernels import causal_attention, chunk_mask, fp8_linear, linear_loss, relu_square, rotary_qkv
+from .kernels import (blend, causal_attention, chunk_mask, fp8_linear, linear_loss, loss_slice, relu_square,
+                                 rotary_qkv)
 
 # %% ../nbs/02_model.ipynb #da8deea0
 ARCHS = {"classic": {},  # named forms of the model: what differs from the defaults below
@@ -138,7 +139,7 @@ class Attention(nn.Module):
         "Queries, keys and values (B, T, heads, D)."
         qkv = apply_linears(x.flatten(0, -2), self.q, self.k, self.v, fp8=self.fp8)
         q, k, v = rotary_qkv(qkv.view(*x.shape[:-1], -1, self.head_dim), cos, sin, self.n_head, bool(self.fp8))
-        if ve is not None: v = v + 2 * torch.sigmoid(self.gate(x[..., :16]))[..., None] * ve.view_as(v).to(v.dtype)
+        if ve is not None: v = v + 2 * torch.sigmoid(self.gate(x[..., :16].contiguous()))[..., None] * ve.view_as(v).to(v.dtype)
         return q, k, v
 
 # %% ../nbs/02_model.ipynb #ff5c59b6
@@ -169,8 +170,9 @@ class Block(nn.Module):
         super().__init__()
         self.attn, self.mlp = Attention(cfg, layer), MLP(cfg)
 
-    def forward(self, x, *args, **kwargs):
-        x = x + self.attn(norm(x), *args, **kwargs)
+    def forward(self, x, *args, x0=None, mix=None, table=None, idx=None):
+        if mix is not None: x = blend(x, x0, *mix)
+        x = x + self.attn(norm(x), *args, ve=None if table is None else table(idx))
         return x + self.mlp(norm(x))
 
 # %% ../nbs/02_model.ipynb #51dc67e8
@@ -179,7 +181,7 @@ class GPT(nn.Module):
     def __init__(self, cfg: GPTConfig):
         super().__init__()
         self.cfg, self.loss_chunk = cfg, 2**27  # logits held at once while computing a loss
-        self.linear_loss = linear_loss          # replaced where it is compiled by itself
+        self.loss_slice = loss_slice            # or its compiled form
         self.wte = nn.Embedding.from_pretrained(torch.empty(cfg.vocab_size, cfg.n_embd), freeze=False)
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layer))
         self.head, self.fp8 = Linear(cfg.n_embd, cfg.vocab_size), False
@@ -193,6 +195,10 @@ class GPT(nn.Module):
 
     @property
     def device(self) -> torch.device: return self.wte.weight.device
+
+    def twin(self):
+        "Another module with the very same parameters and buffers; what is done to its parts leaves this one alone."
+        return copy.deepcopy(self, {id(t): t for t in (*self.parameters(), *self.buffers())})
 
 # %% ../nbs/02_model.ipynb #014c4f31
 @patch
@@ -228,6 +234,20 @@ def use_fp8(self: GPT) -> GPT:
 
 # %% ../nbs/02_model.ipynb #82871aa6
 @patch
+def embed(self: GPT, idx: Tensor) -> Tensor:
+    "(B, T) token ids → (B, T, C), normed; the beginning of the residual stream."
+    x, kind = self.wte(idx), idx.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        x = x.to(torch.get_autocast_dtype(kind))  # the residual stream too, or half the memory is lost
+    return norm(x)
+
+@patch
+def climb(self: GPT, x: Tensor, parts: list, *args, **kwargs) -> Tensor:
+    "x through a few blocks, each with its mix and its table of values; four of them make a pattern that repeats."
+    for block, mix, table in parts: x = block(x, *args, mix=mix, table=table, **kwargs)
+    return x
+
+@patch
 def features(self: GPT,
     idx: Tensor,                     # (B, T) token ids; with a cache, the next T tokens of every row
     cache: "KVCache | None" = None,  # read and extended when given
@@ -239,14 +259,11 @@ def features(self: GPT,
     else:
         positions, mask = cache.begin(n)
         cos, sin = self.cos[positions, None], self.sin[positions, None]
-    x, kind = self.wte(idx), idx.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind):
-        x = x.to(torch.get_autocast_dtype(kind))  # the residual stream too, or half the memory is lost
-    x = x0 = norm(x)
-    for i, block in enumerate(self.blocks):
-        if self.cfg.residual_mix: x = self.mix[0, i] * x + self.mix[1, i] * x0
-        ve = self.values[str(i)](idx) if str(i) in self.values else None
-        x = block(x, cos, sin, cache, positions, mask, ve=ve)
+    x0, L = self.embed(idx), len(self.blocks)
+    x, mixes = x0.view_as(x0), self.mix.unbind(1) if self.cfg.residual_mix else [None] * L
+    parts = [(b, m, self.values[str(i)] if str(i) in self.values else None)
+             for i, (b, m) in enumerate(zip(self.blocks, mixes))]
+    for i in range(0, L, 4): x = self.climb(x, parts[i:i + 4], cos, sin, cache, positions, mask, x0=x0, idx=idx)
     if cache is not None: cache.advance(n)
     return norm(x)
 
@@ -279,7 +296,7 @@ def forward(self: GPT,
     if targets is None: return self.logits(x)
     x, y, rows = x.flatten(0, 1), targets.flatten(), max(1, self.loss_chunk // self.cfg.vocab_size)
     if reduction == "none": return self.token_loss(x, y).view(targets.shape)
-    if torch.is_grad_enabled(): total = self.linear_loss(x, self.head.weight, y, 15.0, rows, self.fp8)
+    if torch.is_grad_enabled(): total = linear_loss(x, self.head.weight, y, 15.0, rows, self.fp8, self.loss_slice)
     else: total = self.token_loss(x, y).sum()
     return total if reduction == "sum" else total / (y >= 0).sum().clamp(min=1)
 
@@ -403,11 +420,11 @@ def memory_bytes(
     compute_bytes: int = 2,  # of an activation: 2 for bfloat16, 4 for float32
     n_gpu: int = 1,          # ranks, which share the optimiser's state
 ) -> dict:
-    "Estimated bytes of training by part, and their total; 11·C + 3·K·D activations a token and layer are kept."
+    "Estimated bytes of training by part, and their total; 10·C + 2·K·D activations a token and layer are kept."
     n, C, kv = count_params(cfg), cfg.n_embd, cfg.n_kv_head * cfg.head_dim
     tokens, tables = batch * cfg.seq_len, n["embedding"] + n["head"] + n.get("values", 0)
     m = dict(weights=4 * n["total"], gradients=4 * n["total"], optimizer=4 * (n["total"] + tables) // n_gpu,
-             activations=tokens * cfg.n_layer * (11 * C + 3 * kv) * compute_bytes,
+             activations=tokens * cfg.n_layer * (10 * C + 2 * kv) * compute_bytes,
              logits=min(tokens * cfg.vocab_size, 2**27) * 12)  # scores, their softmax and their gradient, float32
     return m | dict(total=sum(m.values()))
 

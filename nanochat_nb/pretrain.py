@@ -122,7 +122,6 @@ class Trainer:
         self.start, self.seconds, self.last, self.due = 0, 0.0, {}, ()  # steps, seconds done; latest values; to measure
         self.short = rt.device.type == "cpu" and self.n_steps < 300  # too short to compile: run it exactly instead
         if self.short and not cfg.dtype: rt.dtype = torch.float32
-        if rt.device.type == "cuda": self.model.loss_chunk = 2**29 if cfg.activation_budget == 1 else 2**28  # scores
         self.sharded = self.fits = cfg.shard and rt.world_size > 1   # if so, `fit_rows` has no say
         self.loader, self.saver = Prefetch(self.loader, rt.device), Saver()
         shard_model(self.model, rt.device, rt.dtype) if self.sharded else self.model.to(rt.device)
@@ -316,10 +315,10 @@ def fast_model(self: Trainer): # what `train_step` runs
     c, own = torch._functorch.config, "autograd_cache_allow_custom_autograd_functions"  # ours are cached as well
     c.activation_memory_budget = self.cfg.activation_budget
     if hasattr(c, own): setattr(c, own, True)
-    if not self.sharded: return torch.compile(self.model, dynamic=False)
-    for block in self.model.blocks: block.compile(dynamic=False)  # parameters come and go between blocks
-    self.model.linear_loss = torch.compile(self.model.linear_loss, dynamic=False)
-    return self.model
+    model, parts = self.model if self.sharded else self.model.twin(), ("embed", "climb", "loss_slice")
+    for block in model.blocks if self.sharded else (): block.compile(dynamic=False)   # parameters come and go
+    for name in parts[self.sharded:]: setattr(model, name, torch.compile(getattr(model, name), dynamic=False))
+    return model
 
 # %% ../nbs/03_pretrain.ipynb #966be366
 @patch

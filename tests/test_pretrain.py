@@ -225,3 +225,32 @@ def test_papermill_into_a_pipe(base):
     assert len(losses(base)) == 3 and latest_step(folder(base)) == 3
     shown = str(nb.cells)
     assert "bpb_zh" in shown and "image/png" in str([c.outputs for c in nb.cells if "launch_training(cfg)" in c.source])
+
+# ---- what is compiled --------------------------------------------------------------------------------------------------
+
+def test_what_is_compiled_is_little_and_agrees_with_eager(tmp_path, monkeypatch):
+    "Nine blocks are two graphs, four of them used twice; measuring takes the model that is not compiled."
+    from nanochat_nb.model import GPT, GPTConfig
+    from nanochat_nb.pretrain import Trainer, fill
+    from nanochat_nb.runtime import init_runtime
+    rt = init_runtime("cpu", "float32", 0)
+    model = GPT(GPTConfig(9, 2, 2, 32, 64, 32, chunk=16, value_embeds=True, residual_mix=True, attn_gain=1.44))
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(torch.randn(p.shape, generator=g) * .05)
+    class Empty:
+        def state_dict(self): return {}
+    t = Trainer(fill(PretrainSettings(depth=9)), rt, None, model, Empty(), tmp_path, 300, 4, 128)
+    monkeypatch.setattr("nanochat_nb.pretrain.can_compile", lambda kind: True)
+    graphs, compile_ = [], torch.compile
+    backend = lambda graph, inputs: graphs.append(graph) or graph.forward
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: compile_(f, backend=backend, **kw))
+    torch.compiler.reset()
+    fast, x = t.fast_model(), torch.randint(0, 64, (4, 32), generator=g)
+    def grads(m):
+        loss = m(x, x.roll(-1, 1), reduction="sum")
+        return loss, *torch.autograd.grad(loss, list(model.parameters()))
+    for a, b in zip(grads(fast), grads(model), strict=True): assert (a - b).norm() <= 1e-5 * b.norm() + 1e-7
+    assert len(graphs) == 4                                                    # embedding, four blocks, the last, the loss
+    with torch.no_grad(): model(x, x); model(x[:, :20])
+    assert len(graphs) == 4
