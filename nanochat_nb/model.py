@@ -139,7 +139,9 @@ class Attention(nn.Module):
         "Queries, keys and values (B, T, heads, D)."
         qkv = apply_linears(x.flatten(0, -2), self.q, self.k, self.v, fp8=self.fp8)
         q, k, v = rotary_qkv(qkv.view(*x.shape[:-1], -1, self.head_dim), cos, sin, self.n_head, bool(self.fp8))
-        if ve is not None: v = v + 2 * torch.sigmoid(self.gate(x[..., :16].contiguous()))[..., None] * ve.view_as(v).to(v.dtype)
+        if ve is not None:
+            gate = 2 * torch.sigmoid(self.gate(x[..., :16].contiguous()))  # (B, T, K); a copy, or all of x is written
+            v = v + gate[..., None] * ve.view_as(v).to(v.dtype)
         return q, k, v
 
 # %% ../nbs/02_model.ipynb #ff5c59b6
@@ -232,7 +234,7 @@ def use_fp8(self: GPT) -> GPT:
     self.fp8 = True
     return self
 
-# %% ../nbs/02_model.ipynb #82871aa6
+# %% ../nbs/02_model.ipynb #82871aa5
 @patch
 def embed(self: GPT, idx: Tensor) -> Tensor:
     "(B, T) token ids → (B, T, C), normed; the beginning of the residual stream."
@@ -247,6 +249,7 @@ def climb(self: GPT, x: Tensor, parts: list, *args, **kwargs) -> Tensor:
     for block, mix, table in parts: x = block(x, *args, mix=mix, table=table, **kwargs)
     return x
 
+# %% ../nbs/02_model.ipynb #82871aa6
 @patch
 def features(self: GPT,
     idx: Tensor,                     # (B, T) token ids; with a cache, the next T tokens of every row

@@ -315,9 +315,11 @@ def fast_model(self: Trainer): # what `train_step` runs
     c, own = torch._functorch.config, "autograd_cache_allow_custom_autograd_functions"  # ours are cached as well
     c.activation_memory_budget = self.cfg.activation_budget
     if hasattr(c, own): setattr(c, own, True)
-    model, parts = self.model if self.sharded else self.model.twin(), ("embed", "climb", "loss_slice")
-    for block in model.blocks if self.sharded else (): block.compile(dynamic=False)   # parameters come and go
-    for name in parts[self.sharded:]: setattr(model, name, torch.compile(getattr(model, name), dynamic=False))
+    model, parts = self.model.twin(), ("embed", "climb", "loss_slice")
+    if self.sharded:                              # parameters come and go between blocks: each is compiled by itself
+        model, parts = self.model, ("loss_slice",)
+        for block in model.blocks: block.compile(dynamic=False)
+    for name in parts: setattr(model, name, torch.compile(getattr(model, name), dynamic=False))
     return model
 
 # %% ../nbs/03_pretrain.ipynb #966be366
