@@ -173,8 +173,9 @@ class Block(nn.Module):
         self.attn, self.mlp = Attention(cfg, layer), MLP(cfg)
 
     def forward(self, x, *args, x0=None, mix=None, table=None, idx=None):
+        ve = None if table is None else table(idx)   # first, for of a sharded table the compiler makes a cut
         if mix is not None: x = blend(x, x0, *mix)
-        x = x + self.attn(norm(x), *args, ve=None if table is None else table(idx))
+        x = x + self.attn(norm(x), *args, ve=ve)
         return x + self.mlp(norm(x))
 
 # %% ../nbs/02_model.ipynb #51dc67e8
