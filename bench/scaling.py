@@ -68,7 +68,7 @@ def rank(run):
                                 base_dir=base, compile=run["device"] == "cuda"))
     data, tok = find_data(run["source"], base), open_tokenizer(run["source"], base, run["vocab"], run["vocab"])
     loader = TextLoader(data, tok, seq_len=T, batch_rows=batch // T, rank=rt.rank, world_size=rt.world_size, cache=prepare_cache(data, tok, base))
-    model = GPT(config_from_depth(run["depth"], tok.vocab_size, T, run["arch"])).init_weights(0)
+    model = GPT(config_from_depth(run["depth"], tok.vocab_size, T, run["arch"]))
     t = Trainer(cfg, rt, tok, model, loader, Path(base), 1000, min(cfg.device_batch, batch // T // rt.world_size), batch)
     t.peak, fast, at = peak_flops(rt), t.fast_model(), iter(range(1000))
     began = time.time(); t.train_step(fast, next(at)); first = time.time() - began
@@ -108,7 +108,7 @@ def elastic(a):
     with tempfile.TemporaryDirectory() as tmp:
         def go(base, ranks, until, *more, kill=False):
             base, began = Path(tmp) / base, time.time()
-            for part in ("tokenizer", "tokenized_data", "compile_probe.json"):   # made before: no run waits for them
+            for part in ("tokenizer", "tokenized_data"):   # made before: no run waits for them
                 old, new = Path(a.base) / part, base / part
                 if old.exists() and not new.exists():
                     new.parent.mkdir(parents=True, exist_ok=True)

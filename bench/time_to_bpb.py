@@ -73,7 +73,7 @@ def ours(run):
     rt, batch = init_runtime(run.get("device", "cuda"), "bfloat16", 0), run["batch"]
     steps, more = run["tokens"] // batch, run.get("settings", {})
     cfg = fill(PretrainSettings(depth=run["depth"], fp8=run.get("fp8", False), batch_tokens=batch, num_iterations=steps, **more))
-    model = GPT(config_from_depth(run["depth"], VOCAB, T, run["arch"])).to(rt.device).init_weights(0)
+    model = GPT(config_from_depth(run["depth"], VOCAB, T, run["arch"])).to(rt.device)
     trainer = Trainer(cfg, rt, None, model, Rows(run["folder"], batch // T), Path("."), steps, min(run["rows"], batch // T), batch)
     trainer.peak, fast = peak_flops(rt), trainer.fast_model()
     val, nbytes = held_out(run["folder"], 16), torch.from_numpy(np.load(Path(run["folder"]) / "nbytes.npy"))

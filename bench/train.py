@@ -47,7 +47,7 @@ def ours(run):
     cfg = fill(PretrainSettings(depth=run["depth"], fp8=run.get("fp8", False),
                                 activation_budget=run.get("budget", 1.0), muon_beta2=0.9 if run["arch"] == "modern" else 0.0))
     shape = config_from_depth(run["depth"], run["vocab"], T, run["arch"])
-    model, x = GPT(shape).to(rt.device).init_weights(0), tokens(run["vocab"])
+    model, x = GPT(shape).to(rt.device), tokens(run["vocab"])
     class Same:
         def __next__(self): return x, x.roll(-1, 1)
         def __iter__(self): return self

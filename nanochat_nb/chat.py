@@ -56,9 +56,10 @@ def again(self: Conversation):
 @patch
 def reply(self: Conversation):
     "Answer the last message; what was said when it is broken off stays."
-    try: ids = self.prompt()
+    try:
+        ids = self.prompt()
+        q, = self.engine.requests([ids], self.max_tokens, self.temperature, self.top_k, seed=self.seed)
     except NanochatError: self.messages.pop(); raise
-    q, = self.engine.requests([ids], self.max_tokens, self.temperature, self.top_k, seed=self.seed)
     reader, said, self.ids, self.seed = Reader(self.engine.tok), "", q.out, self.seed + 1
     try:
         for events in self.engine.drain([q]):
@@ -169,8 +170,10 @@ def command(talk: Conversation, line: str) -> str | None: # what to print; None:
     if name == "/new": talk.messages.clear(); return "—"
     if name == "/tokens": return "|".join(talk.engine.tok.decode([t]) for t in talk.ids)
     if name == "/t":
-        try: talk.temperature = max(0.0, float(value))
-        except ValueError: return f"/t {value}: expected a number"
+        try: t = float(value)
+        except ValueError: t = -1
+        if not 0 <= t < float("inf"): return f"/t {value}: expected a number, 0 or more"
+        talk.temperature = t
         return f"temperature {talk.temperature:g}"
     return HELP
 

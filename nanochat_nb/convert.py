@@ -66,7 +66,7 @@ def convert(
         try: rows = [(f"{path} row {i}", x) for i, x in enumerate(json.loads(path.read_text(encoding="utf-8-sig")), 1)]
         except ValueError as e: raise NanochatError(f"{path} is not valid JSON ({e})") from None
     for where, row in rows:
-        if row == "" or stop and len(good) + len(bad) >= stop: continue
+        if isinstance(row, str) and not row.strip() or stop and len(good) + len(bad) >= stop: continue
         try: good.append(to_conversation(row, where))
         except NanochatError as e: bad.append(str(e))
     return good, bad
@@ -76,11 +76,12 @@ def hold_out(
     rows: list[dict],       # conversations
     fraction: float = 0.1, seed: int = 42,
 ) -> tuple[list, list]:     # train, val
-    "Held out by the hash of the first question, a tenth of each language: copies never stand on both sides."
-    asked = [next(m["content"] for m in r["messages"] if m["role"] == "user") for r in rows]
-    docs = [{"text": str(q), "lang": data.lang_of(str(q))} for q in asked]
-    held = data.choose_val(docs, seed, fraction, 1) if rows and fraction else [False] * len(rows)
-    return [r for r, v in zip(rows, held) if not v], [r for r, v in zip(rows, held) if v]
+    "Held out by the hash of the first question, a share of each language's: copies never stand on both sides."
+    asked, held = [str(next(m["content"] for m in r["messages"] if m["role"] == "user")) for r in rows], set()
+    for lang in set(map(data.lang_of, asked)):
+        mine = sorted((q for q in set(asked) if data.lang_of(q) == lang), key=lambda q: data._lot(q, seed))
+        held.update(mine[:max(fraction > 0 and len(mine) > 1, round(fraction * len(mine)))])
+    return [r for r, q in zip(rows, asked) if q not in held], [r for r, q in zip(rows, asked) if q in held]
 
 # %% ../nbs/04a_convert.ipynb #650c5e2e
 @dataclass
@@ -120,7 +121,8 @@ def parse_mix(text: str) -> list[tuple]: # (name, "all" | "count" | "max" | "epo
         try: number = float(n.removeprefix("max").removeprefix("x")) if sep else None
         except ValueError: number = None                                  # a name that holds a colon
         if number is None: out.append((part, "all", 0.0)); continue
-        if number <= 0: raise NanochatError(f"conversations: {part!r} asks for {n}; expected more than 0")
+        if not 0 < number < float("inf") or kind in ("count", "max") and number % 1:
+            raise NanochatError(f"conversations: {part!r} asks for {n}; expected more than 0, a whole number of rows")
         out.append((name, kind, number))
     return out
 

@@ -126,7 +126,7 @@ class Engine:
         self.device = model.device if runtime is None else torch.device(runtime.device)
         self.autocast = nullcontext if runtime is None else runtime.autocast
         self.stop, self.fast, self.idle = {tokenizer.special("assistant_end"), tokenizer.bos_id}, None, {}
-        self.chunk, self.ahead = (8, True) if self.device.type == "cuda" else (1, False)  # steps a look; on meanwhile?
+        self.chunk, self.ahead = (8, True) if self.device.type == "cuda" else (1, False)  # steps a look; run on?
 
     @property
     def dtype(self) -> torch.dtype:

@@ -50,7 +50,7 @@ def bits_per_byte(
     nbytes,        # (V,) bytes of each token, 0 for special tokens
     runtime,       # where to compute; the batches are shared out over its ranks
 ) -> float | None: # bits a byte; None when no byte was seen
-    "Mean bits to encode one byte of text; independent of the vocabulary."
+    "Mean bits to encode one byte of text; comparable across vocabularies."
     wide = torch.float32 if runtime.device.type == "mps" else torch.float64
     nbytes, total = torch.as_tensor(nbytes, device=runtime.device), torch.zeros(2, dtype=wide, device=runtime.device)
     for i in range(runtime.rank, len(batches) + -len(batches) % runtime.world_size, runtime.world_size):

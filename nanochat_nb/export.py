@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHAT_TEMPLATE', 'NO_CODE', 'OWN_CODE', 'CARD', 'DTYPES', 'MODELING', 'OWN_NAMES', 'NO_GGUF', 'tokenizer_config',
-           'model_card', 'own_form', 'export_hf', 'from_own', 'load_hf', 'ExportSettings', 'run_export', 'run_import',
-           'main', 'flags']
+           'model_card', 'own_form', 'export_hf', 'from_own', 'load_hf', 'ExportSettings', 'run_export',
+           'usual_settings', 'run_import', 'main', 'flags']
 
 # %% ../nbs/09_export.ipynb #8f34f247
 import importlib.util, shutil, sys
@@ -19,6 +19,7 @@ from .tokenizer import Tokenizer
 from .model import GPT, GPTConfig, HF_NAMES, count_params, from_hf, to_hf
 from .checkpoint import check_same_tokenizer, latest_step, save_checkpoint
 from .evals import find_checkpoint, load_model
+from .pretrain import PretrainSettings, fill
 
 # %% ../nbs/09_export.ipynb #fb0913c7
 CHAT_TEMPLATE = """{{ bos_token }}{% set ns = namespace(system='') %}{% for m in messages %}
@@ -126,10 +127,10 @@ def export_hf(
     dtype: str = "float32",    # of the weights; float32 is exact
 ) -> Path:
     "Write a folder that transformers loads: classic as NanoChatForCausalLM, others by the code of chapter 09a."
-    out = Path(out)
+    out = Path(out).expanduser().absolute()
     if dtype not in DTYPES: raise NanochatError(f"unknown dtype {dtype!r}{did_you_mean(dtype, DTYPES)}")
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
-        raise NanochatError(f"{out} exists and is not empty; name a new folder")
+    if out.exists() and (out.samefile(".") or any(out.iterdir() if out.is_dir() else [out])):
+        raise NanochatError(f"{out} is not empty, or is where you stand; name a new folder")
     state, config = to_hf(model) if model.cfg.arch == "classic" else own_form(model)
     state = {k: v.to("cpu", DTYPES[dtype]).contiguous() for k, v in state.items()}
     card = model_card(meta | dict(config=asdict(model.cfg)), stage, count_params(model.cfg)["total"])
@@ -223,17 +224,26 @@ def run_export(cfg: ExportSettings) -> Path:
     check_same_tokenizer(meta, tok.hash)
     return export_hf(model, tok, cfg.out, meta, folder.parent.name.removesuffix("_checkpoints"), cfg.dtype)
 
+# %% ../nbs/09_export.ipynb #dd2e47e4
+def usual_settings(depth: int, stage: str) -> dict:
+    "What a model of that depth and stage is trained with: later training starts from it."
+    like = vars(fill(PretrainSettings(depth=depth)))
+    out = {k: like[k] for k in ("lr_scale", "batch_tokens", "device_batch", "eval_tokens")}
+    return out if stage == "base" else out | dict(stage=stage, lr_scale=out["lr_scale"] / 2)
+
 # %% ../nbs/09_export.ipynb #dd2e47e5
 def run_import(cfg: ExportSettings) -> Path:
     "Read a published model as a checkpoint."
     model, tok = load_hf(cfg.source)
     base, tag = base_folder(cfg.base_dir), cfg.tag or f"d{model.cfg.n_layer}"
-    folder, there = base/f"{cfg.stage or 'sft'}_checkpoints"/tag, base/"tokenizer"
+    stage, there = cfg.stage or "sft", base/"tokenizer"
+    folder = base/f"{stage}_checkpoints"/tag
     if latest_step(folder) is not None: raise NanochatError(f"{folder} holds a checkpoint; choose another --tag")
     if (there/"tokenizer.json").exists() and Tokenizer.load(there).hash != tok.hash:
         raise NanochatError(f"{there} is another tokenizer than that of {cfg.source}; choose another --base_dir")
     tok.save(there)
-    save_checkpoint(folder, 0, model, meta=dict(config=asdict(model.cfg), tokenizer_hash=tok.hash, settings={}))
+    meta = dict(config=asdict(model.cfg), tokenizer_hash=tok.hash, settings=usual_settings(model.cfg.n_layer, stage))
+    save_checkpoint(folder, 0, model, meta=meta)
     return folder
 
 def main(cfg: ExportSettings):

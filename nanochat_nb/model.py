@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARCHS', 'HF_NAMES', 'GPTConfig', 'config_from_depth', 'norm', 'rope_table', 'Linear', 'apply_linears', 'attention',
-           'Attention', 'MLP', 'Block', 'GPT', 'to_hf', 'from_hf', 'KVCache', 'count_params', 'scaling_params',
-           'flops_per_token', 'memory_bytes', 'ModelSettings', 'model_report', 'main']
+           'Attention', 'MLP', 'Block', 'Embedding', 'GPT', 'to_hf', 'from_hf', 'KVCache', 'count_params',
+           'scaling_params', 'flops_per_token', 'memory_bytes', 'ModelSettings', 'model_report', 'main']
 
 # %% ../nbs/02_model.ipynb #a8e1cacb
 import copy, json, math
@@ -178,23 +178,28 @@ class Block(nn.Module):
         x = x + self.attn(norm(x), *args, ve=ve)
         return x + self.mlp(norm(x))
 
+# %% ../nbs/02_model.ipynb #51dc67e7
+class Embedding(nn.Embedding):
+    "A table of rows; compiled, rows are looked up again in the backward pass instead of being kept."
+    def forward(self, idx): return self.weight[idx] if torch.compiler.is_compiling() else super().forward(idx)
+
 # %% ../nbs/02_model.ipynb #51dc67e8
 class GPT(nn.Module):
     "The decoder; parameters are float32, the computation follows `torch.autocast`."
-    def __init__(self, cfg: GPTConfig):
+    def __init__(self, cfg: GPTConfig, seed: int = 0):
         super().__init__()
         self.cfg, self.loss_chunk = cfg, 2**27  # logits held at once while computing a loss
         self.loss_slice = loss_slice            # or its compiled form
-        self.wte = nn.Embedding.from_pretrained(torch.empty(cfg.vocab_size, cfg.n_embd), freeze=False)
+        self.wte = Embedding.from_pretrained(torch.empty(cfg.vocab_size, cfg.n_embd), freeze=False)
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layer))
         self.head, self.fp8 = Linear(cfg.n_embd, cfg.vocab_size), False
         kv = cfg.n_kv_head * cfg.head_dim
-        table = lambda: nn.Embedding.from_pretrained(torch.empty(cfg.vocab_size, kv), freeze=False)
+        table = lambda: Embedding.from_pretrained(torch.empty(cfg.vocab_size, kv), freeze=False)
         self.values = nn.ModuleDict({str(i): table() for i in range(cfg.n_layer) if cfg.has_values(i)})
         if cfg.residual_mix: self.mix = nn.Parameter(torch.empty(2, cfg.n_layer))  # of the stream, of the embedding
         for name, t in zip(("cos", "sin"), rope_table(cfg.seq_len, cfg.head_dim)):
             self.register_buffer(name, t, persistent=False)
-        if not self.wte.weight.is_meta: self.init_weights(0)
+        if not self.wte.weight.is_meta: self.init_weights(seed)
 
     @property
     def device(self) -> torch.device: return self.wte.weight.device

@@ -315,7 +315,7 @@ def fast_model(self: Trainer): # what `train_step` runs
     c, own = torch._functorch.config, "autograd_cache_allow_custom_autograd_functions"  # ours are cached as well
     c.activation_memory_budget = self.cfg.activation_budget
     if hasattr(c, own): setattr(c, own, True)
-    model, parts = self.model.twin(), ("embed", "climb", "loss_slice")
+    model, parts = self.model.twin(), ("climb", "loss_slice") if kind == "cpu" else ("embed", "climb", "loss_slice")
     if self.sharded:                              # parameters come and go between blocks: each is compiled by itself
         model, parts = self.model, ("loss_slice",)
         for block in model.blocks: block.compile(dynamic=False)
@@ -386,7 +386,7 @@ def train(cfg: PretrainSettings) -> dict: # the last values of everything measur
     p = plan(cfg.depth, tok.vocab_size, T, arch=cfg.arch, ratio=cfg.ratio, batch_tokens=cfg.batch_tokens,
              n_gpu=rt.world_size, device_batch=cfg.device_batch, num_iterations=cfg.num_iterations)
     for note in p.notes: print0(note)
-    model = GPT(config_from_depth(cfg.depth, tok.vocab_size, T, cfg.arch)).init_weights(cfg.seed)
+    model = GPT(config_from_depth(cfg.depth, tok.vocab_size, T, cfg.arch), cfg.seed)
     loader = TextLoader(data, tok, split="train", seq_len=T, batch_rows=p.batch_tokens // T, seed=cfg.seed,
                         rank=rt.rank, world_size=rt.world_size, workers=cfg.workers,
                         cache=cfg.token_cache and in_turn(rt, lambda: prepare_cache(data, tok, cfg.base_dir)))

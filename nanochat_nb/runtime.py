@@ -10,12 +10,12 @@ __all__ = ['TRACKERS', 'fast_bf16', 'pick_device', 'pick_dtype', 'Runtime', 'kee
            'LiveChart']
 
 # %% ../nbs/02b_runtime.ipynb #7da0df90
-import contextlib, ctypes, functools, gc, json, math, os, platform, random, re, shutil, signal, subprocess, sys
+import contextlib, ctypes, functools, gc, json, math, os, platform, random, re, signal, subprocess, sys
 import importlib, tempfile, time
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 import torch, torch.distributed as dist, yaml
-from .settings import NanochatError, atomic_path, base_folder, did_you_mean, read_json, write_json
+from .settings import NanochatError, atomic_path, did_you_mean
 
 # %% ../nbs/02b_runtime.ipynb #a9fbe42c
 def fast_bf16(device: str) -> bool:
@@ -169,30 +169,20 @@ def all_reduce_mean(
         flat /= dist.get_world_size()
         for t, piece in zip(bucket, flat.split([t.numel() for t in bucket])): t.copy_(piece.view_as(t))
 
-# %% ../nbs/02b_runtime.ipynb #33b1fd35
-_PROBE = """
-import sys, torch
-device, new = sys.argv[1], float(sys.argv[2])   # a constant never seen before: no cached kernel can answer
-try:
-    x = torch.ones(8, 8, device=device, requires_grad=True)
-    torch.compile(lambda x: ((x @ x).relu() + new).square().sum(), fullgraph=True)(x).backward()
-except Exception as e: sys.exit(f"{type(e).__name__}: {str(e).strip().splitlines()[0]}")
-"""
-
 # %% ../nbs/02b_runtime.ipynb #8930e37a
-def can_compile(device: str = "cpu", folder="") -> bool: # if not, the main rank prints why
-    "Whether torch.compile works here: tried once for each machine, torch and compiler; remembered in the base folder."
-    cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    who = [platform.node(), torch.__version__, device, cxx]
-    if torch.cuda.is_available(): who.append(torch.cuda.get_device_name())
-    path, key = base_folder(folder) / "compile_probe.json", " ".join(map(str, who))
-    known = read_json(path) if path.exists() else {}
-    if key not in known:
-        r = subprocess.run([sys.executable, "-c", _PROBE, device, str(time.time())], capture_output=True, text=True)
-        known[key] = "" if r.returncode == 0 else (r.stderr.strip().splitlines() or [f"exit status {r.returncode}"])[-1]
-        write_json(path, known)
-    if known[key]: print0(f"torch.compile does not work here, running without it: {known[key]}")
-    return not known[key]
+@functools.cache
+def can_compile(device: str = "cpu") -> bool: # if not, the main rank prints why
+    "Whether torch.compile works here, tried on a small function and its way back."
+    import torch._inductor.config as inductor
+    for trust in (True, None):   # the processor's own list of instructions; else each is tried, which takes seconds
+        inductor.cpp.vec_isa_ok = trust
+        try:
+            f, x = lambda x: (x @ x).relu().square().sum(), torch.ones(8, 8, device=device, requires_grad=True)
+            torch.compile(f, fullgraph=True)(x).backward()
+            return True
+        except Exception as e: why = f"{type(e).__name__}: {(str(e).strip() or '?').splitlines()[0]}"
+    print0(f"torch.compile does not work here, running without it: {why}")
+    return False
 
 # %% ../nbs/02b_runtime.ipynb #fde6e026
 def peak_flops(rt: Runtime, seconds: float = 0.3) -> float:

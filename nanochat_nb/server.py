@@ -7,7 +7,7 @@ __all__ = ['MAX_BODY', 'PAGE', 'Worker', 'deliver', 'at_stop', 'post', 'answer',
            'usage', 'events', 'Refused', 'read_body', 'whole', 'make_app', 'enter', 'api_key', 'add_api', 'main']
 
 # %% ../nbs/08a_server.ipynb #06b6c559
-import asyncio, contextlib, functools, hmac, json, os, sys, threading, time, uuid, weakref
+import asyncio, contextlib, functools, hmac, json, os, socket, sys, threading, time, uuid, weakref
 from collections import deque
 from dataclasses import dataclass
 from fastcore.basics import patch
@@ -251,7 +251,7 @@ def make_app(
 def enter(request, cfg: ServerSettings):
     "Check the key, if the server has one."
     key, sent = api_key(cfg), request.headers.get("authorization", "").removeprefix("Bearer ")
-    if key and not hmac.compare_digest(sent.encode(), key.encode()):
+    if key and not hmac.compare_digest(sent.encode("latin-1"), key.encode()):
         raise Refused(401, "invalid_api_key", "send the key of this server: Authorization: Bearer …")
 
 def api_key(cfg: ServerSettings) -> str: return cfg.api_key or os.environ.get("NANOCHAT_API_KEY", "")
@@ -333,8 +333,8 @@ $('text').onkeydown = e => {
 # %% ../nbs/08a_server.ipynb #5f4c9b32
 _REPLY = """
 async function reply() {
-  const talk = messages, mine = new AbortController(), box = bubble('assistant', ''); let said = '', rest = '';
-  running = mine; busy(true);
+  const talk = messages, mine = new AbortController(), box = bubble('assistant', '');
+  let said = '', rest = '', failed = false; running = mine; busy(true);
   try {
     const r = await fetch('v1/chat/completions', {method: 'POST', signal: mine.signal,
       headers: {'Content-Type': 'application/json', ...(key && {Authorization: 'Bearer ' + key})},
@@ -347,10 +347,10 @@ async function reply() {
       for (const line of lines) if (line.startsWith('data: {')) { const d = JSON.parse(line.slice(6));
         if (d.error) throw new Error(d.error.message);
         said += d.choices[0]?.delta.content ?? ''; box.textContent = said; $('log').scrollTop = 1e9; } }
-  } catch (e) { if (e.name != 'AbortError') bubble('error', e.message); }
-  if (talk === messages) talk.push({role: 'assistant', content: said});
-  if (running === mine) { running = null; busy(false); } }
-label(); draw();
+  } catch (e) { if (e.name != 'AbortError') { failed = true; bubble('error', e.message); } }
+  if (talk === messages && (said || !failed)) talk.push({role: 'assistant', content: said});
+  else if (talk === messages) { const last = talk.pop(); $('text').value ||= last.content; }
+  if (running === mine) { running = null; busy(false); } } label(); draw();
 """
 PAGE = ('<!doctype html><html><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1"><title>nanochat-nb</title>'
@@ -366,12 +366,16 @@ def main(cfg: ServerSettings):
         if getattr(cfg, name) < 1: raise NanochatError(f"{name}={getattr(cfg, name)}: expected at least 1")
     engine = load_engine(cfg.base_dir, cfg.stage, cfg.tag, init_runtime(cfg.device, cfg.dtype))
     engine.compile, engine.int8 = cfg.compile, cfg.int8
+    try: s = socket.create_server((cfg.host, cfg.port), family=socket.AF_INET6 if ":" in cfg.host else socket.AF_INET)
+    except OSError as e: raise NanochatError(f"{cfg.host}:{cfg.port}: {e}; choose another --port") from None
     worker = Worker(engine, cfg.rows)
     if cfg.host not in ("127.0.0.1", "localhost", "::1") and not api_key(cfg):
         print("warning: anyone who reaches this address may use it; set --api_key", file=sys.stderr)
     app = make_app(worker, cfg, cfg.tag or f"nanochat-d{engine.model.cfg.n_layer}")
-    print(f"http://{cfg.host}:{cfg.port}  (stop with Ctrl-C)", flush=True)
-    try: uvicorn.run(app, host=cfg.host, port=cfg.port, log_level="warning", timeout_graceful_shutdown=3)
+    print(f"http://{cfg.host}:{s.getsockname()[1]}  (stop with Ctrl-C)", flush=True)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3))
+    try:
+        with s, contextlib.suppress(KeyboardInterrupt): server.run(sockets=[s])
     finally: worker.close()
 
 if __name__ == "__main__" and "get_ipython" not in globals(): run_main(main, ServerSettings)

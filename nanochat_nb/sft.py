@@ -54,13 +54,13 @@ def take(
 def gather(cfg: SFTSettings) -> list[dict]: # {"messages"}
     "The conversations of a stage; `mid` and `sft` draw different ones from the world."
     parts, sets, at = parse_mix(cfg.conversations), [], dict(base_dir=cfg.base_dir, endpoint=cfg.endpoint)
-    keys, known = exam_keys([p[0] for p in parts], **at), ["world", *TASKS, *MADE]
+    keys, known = exam_keys([p[0] for p in parts], **at), ["world", *(k for k, t in TASKS.items() if t.train), *MADE]
     for name, how, n in parts:
         some, seed = int(n) if how in ("count", "max") else 0, 1 if cfg.stage == "mid" else 2
         if name.split(":")[0] == "world":                                 # world:mcq+turns: only these kinds
             world, n = world_of(cfg.base_dir), some or cfg.n_conversations
             sets.append(world_conversations(world, n, seed=seed, kind=name[6:]))
-        elif name in known or name.endswith((".yaml", ".yml")):
+        elif name in TASKS or name in known or name.endswith((".yaml", ".yml")):
             sets.append(conversations(name, some, seed, keys, **at))
         elif Path(name).is_file(): sets.append(unexamined(name, read_conversations(name), keys))
         else: raise NanochatError(f"conversations: {name!r} is no file; expected {', '.join(known)} or JSONL files, "

@@ -407,7 +407,7 @@ def run_program(
     code = f"{code}\n\nimport sys\nsys.__stdout__.write('\\n{token}')\n"
     with tempfile.TemporaryDirectory() as tmp:
         (Path(tmp) / "answer.py").write_text(code, encoding="utf-8")
-        with open(Path(tmp) / "out", "wb") as out:
+        with open(Path(tmp) / "out", "w+b") as out:
             p = subprocess.Popen([sys.executable, "-I", "-c", _JAIL.format(s=seconds)], cwd=tmp, stdout=out,
                                  env={"PATH": os.defpath, "HOME": tmp, "TMPDIR": tmp}, stdin=subprocess.DEVNULL,
                                  stderr=subprocess.DEVNULL, start_new_session=True)
@@ -416,7 +416,8 @@ def run_program(
             finally:
                 with contextlib.suppress(ProcessLookupError): os.killpg(p.pid, signal.SIGKILL)
                 p.wait()
-        return p.returncode == 0 and (Path(tmp) / "out").read_bytes().endswith(token.encode())
+            out.seek(0)                                # the file that was opened, whatever the program did to its name
+            return p.returncode == 0 and out.read().endswith(token.encode())
 
 # %% ../nbs/03a_tasks.ipynb #98c15be4
 def no_limits() -> str:   # "" where programs can be run
@@ -426,11 +427,8 @@ def no_limits() -> str:   # "" where programs can be run
 
 def program_of(x: dict, said: str) -> str:
     "The program to test: the first fenced block or all that was said, behind the head it was asked to go on from."
-    m = re.search(r"`{3}(?:python|py)?[ \t]*\n(.*?)(?:\n`{3}|\Z)", said, re.S)
-    body = m[1] if m else said
-    head = x["prompt"] if not re.search(rf"^def {x['entry_point']}\b", body, re.M) else "\n".join(
-        l for l in x["prompt"].splitlines() if re.match(r"(import|from)\s", l))
-    return f"{head}\n{body}\n\n{x['test']}\n\ncheck({x['entry_point']})\n"
+    m = re.search(r"`{3}[^\n`]*\n(.*?)(?:\n`{3}|\Z)", said, re.S)          # a repeated `def` replaces the one asked for
+    return f"{x['prompt']}\n{m[1] if m else said}\n\n{x['test']}\n\ncheck({x['entry_point']})\n"
 
 def mark_programs(items: list[dict], said: list[str], workers: int = 4) -> list[bool]:
     "Do the programs pass their tests?"

@@ -50,6 +50,12 @@ def test_many_turns_never_outgrow_the_context(base):
         assert len(talk.ids) <= 60
     assert len(talk.messages) == 50 and "\ufffd" not in "".join(m["content"] for m in talk.messages)
 
+def test_what_was_refused_is_not_part_of_the_talk(base):
+    talk, out = Conversation(base[1], max_tokens=20, temperature=float("inf")), []
+    chat_loop(talk, ["hello", "/t inf", "/t -1", "/t 0", "hello"], lambda *a, **kw: out.append("".join(a)))
+    assert out[0].startswith("error:") and out[1:3] == ["/t inf: expected a number, 0 or more", "/t -1: expected a number, 0 or more"]
+    assert [m["role"] for m in talk.messages] == ["user", "assistant"] and talk.messages[1]["content"]
+
 def test_seeds_advance(base):
     a, b = (Conversation(base[1], max_tokens=20, temperature=1.5, seed=3) for _ in "ab")
     first, second = "".join(a.ask("hello")), "".join(a.again())

@@ -51,7 +51,8 @@ def test_mixtures_as_fine_tuning_reads_them(tmp_path, conversations, n):
     assert len(got) == n
 
 @pytest.mark.parametrize("text, says", [("a.jsonl:0.0", "expected more than 0"), ("a.jsonl:0", "expected more than 0"),
-                                        ("a.jsonl:maxx", "is no file"), ("a.jsonl:-1", "expected more than 0")])
+                                        ("a.jsonl:maxx", "is no file"), ("a.jsonl:-1", "expected more than 0"),
+                                        ("a.jsonl:inf", "expected more than 0"), ("a.jsonl:nan", "expected more than 0"), ("a.jsonl:max0.5", "whole number")])
 def test_mixtures_that_make_no_sense(text, says):
     with pytest.raises(NanochatError, match=says): sft.gather(sft.SFTSettings(conversations=text))
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest, torch
 import nanochat_nb.core as C
 from nanochat_nb.checkpoint import save_checkpoint
-from nanochat_nb.core import CoreSettings, open_bundle, questions, read_tasks, run_core, score_batch, sit, texts, world_bundle
+from nanochat_nb.core import CoreSettings, open_bundle, questions, read_tasks, read_run, run_core, score_batch, sit, texts, world_bundle, write_bundle
 from nanochat_nb.engine import Engine
 from nanochat_nb.export import export_hf
 from nanochat_nb.fetch import fetch
@@ -61,7 +61,8 @@ def test_a_bundle_comes_over_a_bad_network_once(server, tmp_path):
     assert [s for _, s, f in server.asked if f == ""] == [len(body) // 2]                 # went on where it was cut
     n = len(server.asked)
     server.files.clear()
-    assert open_bundle(base, server.url) == folder and len(server.asked) == n             # offline afterwards
+    assert open_bundle(base, server.url) == open_bundle(base) == folder and len(server.asked) == n   # offline afterwards
+    says("delete it to fetch", open_bundle, base, server.url + "x"); says("was unpacked from", open_bundle, base, server.url, "0" * 64)
     assert read_tasks(folder) == read_tasks(tmp_path/"made/eval_bundle")
 
 def test_a_wrong_bundle_leaves_nothing(server, tmp_path):
@@ -88,12 +89,18 @@ def test_the_published_layout_is_read(tmp_path):
     ("eval_data/zh_facts.jsonl", "{", "", "zh_facts.jsonl, line 1"),
     ("core.yaml", "schema", "shema", "did you mean 'schema'"),
     ("core.yaml", "zh_facts.jsonl", "away.jsonl", "away.jsonl"),
-    ("eval_meta_data.csv", "zh_facts,25", "others,25", "no line for zh_facts"),
+    ("eval_meta_data.csv", "zh_facts,25", "others,25", "no line for zh_facts"), ("core.yaml", None, None, "has no core.yaml"),
 ])
 def test_bad_bundles_are_named(base, file, old, new, said):
     path = base/"eval_bundle"/file
-    path.write_text(path.read_text(encoding="utf-8").replace(old, new, 1), encoding="utf-8")
+    if not old: path.unlink()
+    else: path.write_text(path.read_text(encoding="utf-8").replace(old, new, 1), encoding="utf-8")
     says(said, read_tasks, base/"eval_bundle")
+
+def test_only_a_newline_ends_a_line(tmp_path):
+    items = [dict(context=f"a{c}b", continuation="c") for c in ("\u2028", "\x85", "\r", "")]
+    got, = read_tasks(write_bundle(tmp_path, [("x", "language_modeling", 0, " ", 0., items)]))
+    assert sorted(map(str, got["items"])) == sorted(map(str, items))
 
 
 # ---- prompts and scores --------------------------------------------------------------------------------------------
@@ -130,6 +137,10 @@ def test_batched_is_one_at_a_time_is_plain(base, tok, seq_len):
                 assert nll == pytest.approx(plain, abs=1e-4) and nll1 == pytest.approx(plain, abs=1e-4)
                 assert hit == hit1 == (logits.argmax(-1).tolist() == row[start:])
         assert any(q.cut for q in qs) == (seq_len == 24) or task["form"] == "schema"
+
+def test_a_model_that_knows_nothing_earns_chance_for_ties(base, tok):
+    engine = Engine(GPT(config_from_depth(1, tok.vocab_size, 256)), tok)                # its head is zero: all options tie
+    for name in ("zh_whose", "en_whose"): assert sum(sit(engine, read_tasks(base/"eval_bundle", name)[0])[0]) == 7
 
 def test_a_choice_that_is_the_beginning_of_another(tok):
     task = dict(form="multiple_choice", shots=0, delimiter=" ", items=[dict(query="a", choices=["duck", "duck house"], gold=0)])
@@ -197,6 +208,11 @@ def test_compare_on_the_command_line(base, tmp_path):
     assert all(f"{c:.3f}" in next(l for l in done.stdout.splitlines() if l.startswith("| CORE")) for c in cores)
     assert sorted(os.listdir(tmp_path/"o")) == ["compare.md", "compare.png"]
     assert (tmp_path/"o/compare.md").read_text(encoding="utf-8") in done.stdout
+    runs = read_json(base/"report/core.json")["runs"]
+    early = {"base d2@1": dict(runs["base d2@5"], core=.9)}
+    for both in (early | runs, runs | early):                          # whichever was examined last
+        (base/"report/core.json").write_text(json.dumps(dict(runs=both)))
+        assert read_run(base/"base_checkpoints/d2")["scores"]["CORE"][0] == runs["base d2@5"]["core"]
     done = subprocess.run([*map(str, cmd[:4]), str(base/"none")], env=env, capture_output=True, text=True)
     assert done.returncode == 2 and "none is no folder" in done.stderr and done.stderr.count("\n") == 1
 

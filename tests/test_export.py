@@ -4,9 +4,12 @@ from dataclasses import asdict
 import pytest, torch
 from nanochat_nb.checkpoint import save_checkpoint
 from nanochat_nb.engine import Engine
+from nanochat_nb.evals import load_model
 from nanochat_nb.export import export_hf, load_hf
 from nanochat_nb.model import GPT, GPTConfig
+from nanochat_nb.pretrain import PretrainSettings, fill
 from nanochat_nb.settings import NanochatError
+from nanochat_nb.sft import SFTSettings, fill_from
 from nanochat_nb.tokenizer import train_tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -43,6 +46,11 @@ def test_command_there_and_back(base, tmp_path):
     done = command("--source", tmp_path/"out", "--tag", "again", "--base_dir", tmp_path/"base")
     assert done.returncode == 0, done.stderr
     assert (tmp_path/"base"/"sft_checkpoints"/"again"/"latest").exists()
+    like = fill(PretrainSettings(depth=2))
+    for stage in ("base", "mid"):                                               # and can be trained further
+        assert command("--source", tmp_path/"out", "--tag", "on", "--stage", stage, "--base_dir", tmp_path/"base").returncode == 0
+        settings = load_model(tmp_path/"base"/f"{stage}_checkpoints"/"on")[1]["settings"]
+        assert fill_from(SFTSettings(depth=2), settings).lr_scale == like.lr_scale / 2
     again = command("--source", tmp_path/"out", "--tag", "again", "--base_dir", tmp_path/"base")
     assert again.returncode == 2 and "choose another --tag" in again.stderr
 
@@ -54,6 +62,11 @@ def test_command_says_what_is_wrong(base, tmp_path):
         done = command("--base_dir", folder, *args)
         assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, (args, done.stderr)
     assert list(tmp_path.iterdir()) == []                        # and nothing half written
+
+def test_the_folder_one_stands_in(base, tmp_path, monkeypatch):
+    (tmp_path/"here").mkdir(); monkeypatch.chdir(tmp_path/"here")
+    with pytest.raises(NanochatError, match="where you stand"): export_hf(*base[1:], ".")
+    assert export_hf(*base[1:], "out").samefile(tmp_path/"here/out") and os.listdir(tmp_path) == ["here"]
 
 def test_half_precision_is_close(base, tmp_path):
     _, model, tok = base

@@ -46,6 +46,14 @@ def test_compiled_agrees_with_eager_in_bfloat16_and_in_slices():
     assert abs(got - want) < 1e-5
     for a, b in zip(grads, g): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
+def test_what_is_looked_up_is_not_kept_when_compiled():
+    m, x, kept = random_model(GPTConfig(1, 2, 2, 64, 64, 32)), torch.randint(0, 64, (4, 32)), []
+    f = torch.compile(m.embed, backend="aot_eager_decomp_partition", dynamic=False)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+        y = f(x)
+    assert torch.equal(y, torch.nn.functional.rms_norm(m.wte(x).bfloat16(), (64,), eps=1e-6).bfloat16())
+    assert 0 < sum(t.nbytes for t in kept if t.data_ptr() != m.wte.weight.data_ptr()) < y.nbytes
+
 @torch.no_grad()
 def test_greedy_generation_equals_transformers():
     transformers = pytest.importorskip("transformers", minversion="5.0")

@@ -1,10 +1,11 @@
 "Server: real sockets, the openai client, many guests at once, guests who leave, a browser."
-import asyncio, gc, json, os, random, re, shutil, socket, statistics, subprocess, sys, threading, time
+import asyncio, gc, json, os, random, re, shutil, signal, socket, statistics, subprocess, sys, threading, time
 from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch
 pytest.importorskip("fastapi"); pytest.importorskip("uvicorn"); httpx = pytest.importorskip("httpx")
 import uvicorn
+from nanochat_nb.checkpoint import save_checkpoint
 from nanochat_nb.engine import Engine, Request
 from nanochat_nb.model import GPT, GPTConfig
 from nanochat_nb.server import Refused, ServerSettings, Worker, at_stop, make_app, read_body
@@ -145,6 +146,25 @@ def test_guests_who_leave_leave_nothing(site, n):
     r = httpx.post(site.url + "/v1/chat/completions", json={"messages": ASK, "max_tokens": 9}, timeout=60)
     assert r.json()["usage"]["completion_tokens"] == 9            # and the server is as good as new
 
+def test_command_says_where_it_listens(tmp_path):
+    e = babbler()
+    e.tok.save(tmp_path/"tokenizer")
+    save_checkpoint(tmp_path/"sft_checkpoints/d2", 1, e.model, meta=dict(config=vars(e.model.cfg), tokenizer_hash=e.tok.hash))
+    command = [sys.executable, "-m", "nanochat_nb.server", "--base_dir", str(tmp_path), "--device", "cpu", "--compile", "false", "--port"]
+    p = subprocess.Popen([*command, "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        url = p.stdout.readline().split()[0]
+        assert httpx.get(url + "/health", timeout=60).status_code == 200
+        taken = subprocess.run([*command, url.rpartition(":")[2]], capture_output=True, text=True)
+        assert taken.returncode == 2 and "choose another --port" in taken.stderr and taken.stderr.count("\n") == 1
+    finally: p.send_signal(signal.SIGINT); out, err = p.communicate(timeout=30)
+    assert (p.returncode, out, err) == (0, "", "")
+
+def test_a_key_need_not_be_ascii():
+    site = Site(rows=1, api_key="钥匙")
+    try: assert [httpx.get(site.url + "/v1/models", headers={"Authorization": f"Bearer {k}".encode()}).status_code for k in ("钥匙", "k")] == [200, 401]
+    finally: site.close()
+
 def test_limits():
     site = Site(rows=1, queue=1, api_key="open sesame")
     try:
@@ -242,8 +262,13 @@ def test_page_in_a_browser(site, tmp_path):
         page.wait_for_selector(".assistant >> nth=1")
         page.locator("#stop:disabled").wait_for()
         page.screenshot(path=os.environ.get("SCREENSHOT", str(tmp_path/"page.png")))
+        page.fill("#text", "long " * 600); page.click("#send"); page.locator(".error").wait_for()   # refused: it is given back
+        assert page.input_value("#text").startswith("long long")
+        page.fill("#text", "short"); page.click("#send"); page.wait_for_selector(".assistant >> nth=3")  # … and the talk goes on
+        page.locator("#stop:disabled").wait_for(timeout=30000)
+        assert page.locator(".error").count() == 1 and problems and all("400" in x for x in problems)
         page.click("#fresh")
-        assert page.locator(".m").count() == 0 and not problems
+        assert page.locator(".m").count() == 0
         assert all(u.startswith(site.url) for u in asked)             # nothing from elsewhere
         browser.close()
     assert site.calm()

@@ -55,6 +55,6 @@ def test_split_parameters_move_as_whole_ones(tmp_path, arch, world):
 def test_alone_everything_is_mine():
     assert share(7) == (slice(0, 7), 7)
     model = GPT(config_from_depth(2, 64, 16))
-    state = {k: v.clone() for k, v in GPT(config_from_depth(2, 64, 16)).init_weights(3).state_dict().items()}
+    state = {k: v.clone() for k, v in GPT(config_from_depth(2, 64, 16), 3).state_dict().items()}
     load_whole(model, state)
     assert all(v.equal(state[k]) for k, v in whole_state(model).items())
