@@ -28,7 +28,7 @@ from .plan import disk_plan, micro_batch
 from .evals import EvalSettings, load_engine, world_of
 from .pretrain import PretrainSettings, fill
 from .sft import SFTSettings
-from .rl import RLSettings
+from .rl import RLSettings, SETS
 from .chat import Conversation
 
 # %% ../nbs/10_speedrun.ipynb #89cfc925
@@ -124,11 +124,11 @@ def check_tasks(params: dict, base: Path, get: bool = False) -> str:
             known = world.CHATS if k == "conversations" else world.TASKS
             for kind in (kinds.split("+") if k == "conversations" else [kinds]) if kinds else []:
                 if kind not in known: raise NanochatError(f"{k}: the world has no {kind!r}{did_you_mean(kind, known)}")
-        elif k == "questions" or Path(x).suffix in (".jsonl", ".yaml", ".yml"):
+        elif k == "questions" and x not in SETS or Path(x).suffix in (".jsonl", ".yaml", ".yml"):
             if Path(x).is_file(): continue
             raise NanochatError(f"{x} does not exist; mend the name, or make it (chapter 04a)")
         elif x not in tasks.MADE and not Path(x).is_file(): tasks.find_task(x, "exam" if k == "tasks" else "train")
-    sets = dict.fromkeys(s for k, mix in asked if k != "questions" for s in tasks.sets_of(mix, k == "tasks"))
+    sets = dict.fromkeys(s for k, mix in asked for s in tasks.sets_of(mix, k == "tasks"))
     if get:
         for name, part in sets: tasks.bring(name, part, str(base), endpoint_of(params))
     told = preflight([f[:2] for f in tasks.files_needed(sets, base)], endpoint_of(params))

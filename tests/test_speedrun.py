@@ -94,7 +94,7 @@ def test_what_the_roll_call_sees(tmp_path, monkeypatch):
     assert "mine.jsonl" in stops(p | {"sft": dict(conversations="world,mine.jsonl:500")}, tmp_path, "tasks")[0]
     for key, mix, said in (("conversations", "world:mcq+turms:9", "did you mean 'turns'"), ("conversations", "smoltlk:x2", "did you mean 'smoltalk'"),
                            ("conversations", "me.yaml:300", "me.yaml does not exist"), ("questions", "world:arithmetc", "did you mean 'arithmetic'"),
-                           ("questions", "gsm8k", "gsm8k does not exist"), ("tasks", "arc-easy,arc-esy", "'arc-esy' is no exam")):
+                           ("questions", "gsm8k", "files cannot be reached: "), ("questions", "mmlu", "mmlu does not exist"), ("tasks", "arc-easy,arc-esy", "'arc-esy' is no exam")):
         assert said in stops(p | {"sft": {key: mix}}, tmp_path, "tasks")[0]
     assert not stops(p | {"sft": dict(conversations="world:fact+mcq:500,identity:500,spelling:x2")}, tmp_path, "tasks")
     (tmp_path/"hub").mkdir()

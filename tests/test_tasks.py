@@ -1,8 +1,10 @@
 "Public sets: from a hub's address to training and to the report, with files in the real columns; programs that misbehave."
 import csv, hashlib, io, json, multiprocessing, os, subprocess, time, zipfile
+from dataclasses import replace
 from pathlib import Path
 import pyarrow as pa, pyarrow.parquet as pq, pytest
-from nanochat_nb import evals, fetch, sft, tasks
+from nanochat_nb import evals, fetch, rl, sft, tasks
+from nanochat_nb.evals import is_right
 from nanochat_nb.runtime import read_metrics
 from nanochat_nb.speedrun import check_tasks
 from conftest import small_model
@@ -150,6 +152,16 @@ def base(tmp_path_factory):
 def settings(base, hub, **kw):
     return sft.SFTSettings(**(dict(depth=1, base_dir=str(base), num_iterations=2, eval_every=100, device="cpu", dtype="float32",
                                    compile=False, endpoint=hub.address) | kw))
+
+def test_sets_to_be_marked_on(base, hub):
+    "Rows that the exams ask are left out, a tenth is held out, and an answer as fine-tuning teaches it is marked right."
+    cfg = rl.RLSettings(depth=1, base_dir=str(base), endpoint=hub.address, questions="gsm8k,gsm8k-zh:3,spelling:20", n_questions=200)
+    rows, held = rl.gather(cfg)
+    asked = [x["messages"][0]["content"] for x in rows + held]
+    assert len(rows) == 4 + 3 + 20 and len(held) > 20 and not {gsm(5)["question"], gsm(7)["question"]} & set(asked)
+    assert all(is_right("".join(p["text"] for p in x["solution"]), x["answer"]) for x in rows)
+    says("expected world, world:arithmetic, gsm8k", rl.gather, replace(cfg, questions="gsm8"))
+    assert check_tasks({"rl": dict(questions="gsm8k:500,spelling", endpoint=hub.address)}, base).startswith("6 public sets, ")   # with the exams that guard it
 
 def test_from_names_to_a_fine_tuned_model_and_its_report(base, hub, tmp_path):
     own = tmp_path / "own.jsonl"
