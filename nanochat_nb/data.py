@@ -182,7 +182,7 @@ def choose_val(
     for d, x in zip(docs, lots): by_lang[d["lang"]].append(x)
     limit = {}
     for lang, xs in by_lang.items():
-        k = min(max(at_least, round(fraction * len(xs))), max(1, len(xs) // 10))
+        k = max(round(fraction * len(xs)), min(at_least, max(1, len(xs) // 10)))
         limit[lang] = sorted(xs)[k - 1]
     return [x <= limit[d["lang"]] for d, x in zip(docs, lots)]
 

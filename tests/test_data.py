@@ -152,6 +152,7 @@ def test_any_row_of_a_shard_can_be_looked_at(tmp_path):
 def test_split_sizes():
     def en(n, same=False): return [{"text": "x" if same else str(i), "lang": "en"} for i in range(n)]
     assert [sum(choose_val(en(n))) for n in (2, 20, 1000, 10_000)] == [1, 2, 64, 100]
+    assert [sum(choose_val(en(n), fraction=.5)) for n in (2, 100)] == [1, 50]
     assert choose_val(DOCS, seed=1) != choose_val(DOCS, seed=2)
     assert set(choose_val(en(20, same=True))) == {True}               # copies stand together …
     says("at least two that differ", write_shards, en(20, same=True), "/nonexistent/x", source="x")
