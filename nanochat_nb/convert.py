@@ -77,10 +77,10 @@ def hold_out(
     fraction: float = 0.1, seed: int = 42,
 ) -> tuple[list, list]:     # train, val
     "Held out by the hash of the first question, a share of each language's: copies never stand on both sides."
-    asked, held = [str(next(m["content"] for m in r["messages"] if m["role"] == "user")) for r in rows], set()
-    for lang in set(map(data.lang_of, asked)):
-        mine = sorted((q for q in set(asked) if data.lang_of(q) == lang), key=lambda q: data._lot(q, seed))
-        held.update(mine[:max(fraction > 0 and len(mine) > 1, round(fraction * len(mine)))])
+    asked = [str(next(m["content"] for m in r["messages"] if m["role"] == "user")) for r in rows]
+    docs = [{"text": q, "lang": data.lang_of(q)} for q in dict.fromkeys(asked)]
+    held = {d["text"] for d, v in zip(docs, data.choose_val(docs, seed, fraction, 1)) if v}
+    if not fraction or len(held) == len(docs): held = set()              # not wanted, or nothing left to train on
     return [r for r, q in zip(rows, asked) if q not in held], [r for r, q in zip(rows, asked) if q in held]
 
 # %% ../nbs/04a_convert.ipynb #650c5e2e
