@@ -191,6 +191,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'nanochat_nb.data.write_tables': ('data.html#write_tables', 'nanochat_nb/data.py')},
             'nanochat_nb.engine': { 'nanochat_nb.engine.Batch': ('engine.html#batch', 'nanochat_nb/engine.py'),
                                     'nanochat_nb.engine.Batch.__init__': ('engine.html#batch.__init__', 'nanochat_nb/engine.py'),
+                                    'nanochat_nb.engine.Batch._around': ('engine.html#batch._around', 'nanochat_nb/engine.py'),
                                     'nanochat_nb.engine.Batch._goes_on': ('engine.html#batch._goes_on', 'nanochat_nb/engine.py'),
                                     'nanochat_nb.engine.Batch._launch': ('engine.html#batch._launch', 'nanochat_nb/engine.py'),
                                     'nanochat_nb.engine.Batch._record': ('engine.html#batch._record', 'nanochat_nb/engine.py'),

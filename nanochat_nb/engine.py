@@ -15,6 +15,7 @@ import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor import config as inductor
 from .kernels import causal_attention, settle
 from .model import Attention, attention
 from .sampling import LOW_BITS, forced_by, sample
@@ -105,10 +106,11 @@ def decode_step(
 
 # %% ../nbs/05_engine.ipynb #120af390
 @functools.cache
-def compiled_step(mode: str):
+def compiled_step(mode: str, cpu: bool):
     "`decode_step`, compiled when first called for a shape of batch; in one piece, unless `cut` stands in the middle."
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    return torch.compile(decode_step, fullgraph=mode != "cut", dynamic=False)
+    options = {"cpp_wrapper": True} if cpu else None                # kernels called from C++ instead of Python
+    return torch.compile(decode_step, fullgraph=mode != "cut", dynamic=False, options=options)
 
 # %% ../nbs/05_engine.ipynb #70a4d058
 @dataclass(eq=False)
@@ -139,9 +141,9 @@ class Engine:
             raise NanochatError(f"the model has vocab_size={model.cfg.vocab_size}, the tokenizer "
                                 f"{tokenizer.vocab_size}; load the tokenizer that the model was trained with")
         self.model, self.tok, self.seq_len, self.compile, self.int8 = model, tokenizer, model.cfg.seq_len, compile, int8
-        self.device = model.device if runtime is None else torch.device(runtime.device)
-        self.autocast = nullcontext if runtime is None else runtime.autocast
-        self.stop, self.fast, self.idle = {tokenizer.special("assistant_end"), tokenizer.bos_id}, None, {}
+        rt, self.fast, self.idle = runtime, None, {}
+        self.device, self.autocast = (torch.device(rt.device), rt.autocast) if rt else (model.device, nullcontext)
+        self.stop, self.call = {tokenizer.special("assistant_end"), tokenizer.bos_id}, tokenizer.special("python_end")
         self.chunk, self.ahead = (8, True) if self.device.type == "cuda" else (1, False)  # steps a look; run on?
 
     @property
@@ -189,8 +191,10 @@ def _refresh(self: Engine):
     "The weights to decode with, brought up to date: a copy, or the model's own in float32 where that is as fast."
     own = self.dtype == torch.float32 and not (self.compile and self.device.type == "cpu")
     if own and not self.int8: self.fast = self.model; return
-    if self.fast in (None, self.model): self.fast, self.version = frozen_copy(self.model, self.dtype, self.int8), None
     version = [p._version for p in self.model.parameters()]
+    packed = self.compile and self.device.type == "cpu"             # then compiled code may hold the old weights
+    if self.fast in (None, self.model) or packed and version != self.version:
+        self.fast, self.version, self.idle = frozen_copy(self.model, self.dtype, self.int8), None, {}
     if version != self.version:
         for m in self.fast.modules():
             if isinstance(m, Frozen): m.refresh()
@@ -207,7 +211,7 @@ class Batch:
         self.state, self.options = torch.full((rows, 5 + N_FORCED), -1, device=d), torch.ones(rows, 3, device=d)
         self.state[:, :5] = 0
         self.out = torch.zeros(rows, e.chunk, dtype=torch.long, device=d)
-        self.recorded = []                              # steps whose tensors a graph reads
+        self.packed = e.compile and d.type == "cpu" and not e.int8 and rows > 4
     def free(self) -> list[int]:
         "Rows without a request; those that have ended are let go."
         self.requests = [q if q and not q.ended else None for q in self.requests]
@@ -247,15 +251,14 @@ def admit(self: Batch, requests: list[Request]):
 def _take(self: Batch, q: Request, new: list[int]) -> list[int]: # tokens to force
     "Append tokens to a request up to its end or a tool call; what comes after those is void."
     e = self.engine
-    room, stop, call = min(q.max_tokens, e.seq_len - len(q.prompt)), q.stop, e.tok.special("python_end")
-    if stop is None: stop = e.stop
+    room, stop = min(q.max_tokens, e.seq_len - len(q.prompt)), e.stop if q.stop is None else q.stop
     for t in new:
         if len(q.out) >= room: q.ended = q.ended or "length"
         elif t in stop: q.ended = "stop"
         if q.ended: return []
         q.out.append(t)
         if len(q.out) == room: q.ended = "length"
-        if t == call and q.tools and (forced := forced_by(e.tok, q.out)): return forced
+        if t == e.call and q.tools and (forced := forced_by(e.tok, q.out)): return forced
     return []
 
 # %% ../nbs/05_engine.ipynb #66762d0b
@@ -289,7 +292,8 @@ def _step(self: Batch, n: int, mode: str):
     e, keys = self.engine, torch.arange(n, device=self.engine.device)
     if e.compile and n > 1: torch._dynamo.mark_dynamic(keys, 0)
     args = e.fast, self.slots, self.state, self.options, self.out, keys, mode, e.compile
-    return functools.partial(compiled_step(mode) if e.compile else decode_step, *args)
+    step = functools.partial(compiled_step(mode, e.device.type == "cpu") if e.compile else decode_step, *args)
+    return self._record(step) if e.device.type == "cuda" else step
 
 @patch
 @torch.no_grad()
@@ -304,8 +308,15 @@ def _record(self: Batch, step):
     with torch.cuda.graph(graph):
         for _ in range(self.engine.chunk): step()
     for x, old in zip((self.state, self.out), kept): x.copy_(old)
-    self.recorded.append(step)             # a replay reads its tensors where they stood: they must not be freed
-    return graph.replay
+    return lambda: graph.replay() or step  # it holds on to the step: a replay reads its tensors where they stood
+
+# %% ../nbs/05_engine.ipynb #a885741d
+@patch
+def _around(self: Batch, step, mode: str):
+    "Stands around a call of a step on a CPU: the first may pack the weights, later ones need no checks."
+    if not self.engine.compile or self.engine.device.type == "cuda": return nullcontext()
+    if step and mode != "cut": return torch.compiler.set_stance(skip_guard_eval_unsafe=True)
+    return inductor.patch(freezing=self.packed)
 
 # %% ../nbs/05_engine.ipynb #a885741e
 @patch
@@ -318,12 +329,12 @@ def _launch(self: Batch):
     n = max(len(q.prompt) + len(q.out) for q in live) + e.chunk * (1 + len(self.flying)) - 1
     if wide := 128 if e.device.type == "cuda" else 16 if e.compile else 0: n = -(-n // wide) * wide
     key = min(n, self.max_len), mode
+    step = self.graphs.get(key)
     try:
-        with e.autocast():
-            if key not in self.graphs:
-                step = self._step(*key)
-                self.graphs[key] = self._record(step) if e.device.type == "cuda" else step
-            for _ in range(1 if e.device.type == "cuda" else e.chunk): self.graphs[key]()
+        with e.autocast(), self._around(step, mode):
+            step = step or self._step(*key)
+            for _ in range(1 if e.device.type == "cuda" else e.chunk): step()
+        self.graphs[key] = step
     except BackendCompilerFailed as err:
         warnings.warn(f"decoding goes on uncompiled, for the compiler failed: {str(err).splitlines()[0]}")
         e.compile, self.graphs = False, {}

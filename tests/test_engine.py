@@ -152,7 +152,7 @@ def test_cancelled_requests_leave_their_rows(tok, engine):
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_free_row_leaves_nothing_to_its_next_guest(tok, monkeypatch, ahead):
     "It marks time beyond what the others read; its stretch must not be empty, or it writes NaN, and 0 x NaN is NaN."
-    monkeypatch.setattr("nanochat_nb.engine.compiled_step", lambda mode: decode_step)
+    monkeypatch.setattr("nanochat_nb.engine.compiled_step", lambda *_: decode_step)
     def make(): return make_engine(tok, seq_len=256, arch="modern", n_layer=3, chunk=16)
     long, short, late = todo = [Request([tok.bos_id] + [7] * n, m, 0, stop=set()) for n, m in ((150, 4), (5, 150), (4, 200))]
     wait, e = [[late], [long, short]], make()
@@ -177,6 +177,20 @@ def test_the_compiled_step_says_the_same(tok, how):
     e.compile = True
     assert e.generate(prompts, 30, seed=3, tools=False, **how) == want
     assert e.generate(prompts, 30, seed=3, tools=False, batch_size=3, **how) == want    # padded to four rows, refilled
+
+def test_weights_in_compiled_code_do_not_outlive_a_change(tok):
+    "From five rows on a CPU the weights are packed into the code; other weights, or another model, must not meet it."
+    import shutil
+    if not (shutil.which("g++") or shutil.which("clang++")): pytest.skip("no C++ compiler")
+    e, other, prompts = make_engine(tok), make_engine(tok, seed=1), [[tok.bos_id] * n for n in (1, 3, 20, 9, 2, 2)]
+    def says(e, compile):
+        e.compile, e.idle = compile, e.idle if compile else {}
+        return e.generate(prompts, 20, temperature=0, tools=False)
+    before, want = says(e, False), says(other, False)
+    assert says(e, True) == before and says(other, True) == want != before
+    with torch.no_grad():
+        for mine, new in zip(e.model.parameters(), other.model.parameters()): mine.copy_(new)
+    assert says(e, True) == want == says(e, True) and e.idle and all(b.packed for b in e.idle.values())
 
 @pytest.mark.parametrize("kw,said", [
     (dict(prompts=[[]]), "prompt 0 is empty"), (dict(prompts=[[1], [1] * 65]), "prompt 1 has 65 tokens"),
@@ -203,7 +217,7 @@ def test_goes_on_where_the_compiler_fails(tok, monkeypatch):
     def fails(*_): raise BackendCompilerFailed(lambda: 0, TypeError("no shape"), None)
     prompts = [[tok.bos_id, 5], [tok.bos_id, 6, 7]]
     want = make_engine(tok).generate(prompts, 12, temperature=0)
-    monkeypatch.setattr("nanochat_nb.engine.compiled_step", lambda mode: fails)
+    monkeypatch.setattr("nanochat_nb.engine.compiled_step", lambda *_: fails)
     e = make_engine(tok)
     e.compile = True
     with pytest.warns(UserWarning, match="uncompiled"): assert e.generate(prompts, 12, temperature=0) == want
