@@ -568,7 +568,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'nanochat_nb.optim.MuonAdamW.state_dict': ('optim.html#muonadamw.state_dict', 'nanochat_nb/optim.py'),
                                    'nanochat_nb.optim.MuonAdamW.step': ('optim.html#muonadamw.step', 'nanochat_nb/optim.py'),
                                    'nanochat_nb.optim.Plan': ('optim.html#plan', 'nanochat_nb/optim.py'),
-                                   'nanochat_nb.optim._compiled': ('optim.html#_compiled', 'nanochat_nb/optim.py'),
                                    'nanochat_nb.optim.adamw_group': ('optim.html#adamw_group', 'nanochat_nb/optim.py'),
                                    'nanochat_nb.optim.best_quintic': ('optim.html#best_quintic', 'nanochat_nb/optim.py'),
                                    'nanochat_nb.optim.by_shape': ('optim.html#by_shape', 'nanochat_nb/optim.py'),

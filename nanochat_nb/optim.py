@@ -8,7 +8,7 @@ __all__ = ['QUINTIC', 'best_quintic', 'polar_express', 'orthogonalize', 'muon_gr
            'muon_momentum', 'set_schedule', 'round_batch', 'Plan', 'plan']
 
 # %% ../nbs/02a_optim.ipynb #3c4dc526
-import functools, importlib.util, math
+import functools, math
 from dataclasses import dataclass, field
 import torch, torch.distributed as dist
 from fastcore.basics import patch
@@ -93,10 +93,6 @@ def adamw_group(
     "A param group for AdamW; `fused` also makes torch keep `step` beside the parameters."
     return dict(kind="adamw", params=list(params), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
 
-# %% ../nbs/02a_optim.ipynb #2f2da8c4
-@functools.lru_cache
-def _compiled(): return torch.compile(orthogonalize, dynamic=False)
-
 # %% ../nbs/02a_optim.ipynb #d3444627
 class MuonAdamW(torch.optim.Optimizer):
     "Groups of kind 'muon' hold matrices of one shape, groups of kind 'adamw' anything; one state for both."
@@ -104,14 +100,10 @@ class MuonAdamW(torch.optim.Optimizer):
         groups: list[dict],               # from `muon_group` and `adamw_group`
         coefficients=None,                # of the orthogonalisation; default `polar_express()`
         dtype: torch.dtype | None = None, # of its products; default bfloat16 where that is fast
-        compile: bool | None = None,      # compile it; default: on CUDA with Triton
     ):
         super().__init__([g | dict(initial_lr=g["lr"], initial_weight_decay=g["weight_decay"]) for g in groups], {})
-        device = groups[0]["params"][0].device
-        if compile is None: compile = device.type == "cuda" and importlib.util.find_spec("triton") is not None
-        f = _compiled() if compile else orthogonalize
-        self.orthogonalize = functools.partial(f, coefficients=coefficients or polar_express(),
-                                               dtype=dtype or pick_dtype("", device.type))
+        dtype = dtype or pick_dtype("", groups[0]["params"][0].device.type)
+        self.orthogonalize = functools.partial(orthogonalize, coefficients=coefficients or polar_express(), dtype=dtype)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -238,9 +230,9 @@ def by_shape(params) -> list[list[Tensor]]:
     for p in params: out.setdefault(p.shape, []).append(p)
     return list(out.values())
 
-def Muon(params, lr: float = 0.02, coefficients=None, dtype=None, compile=None, **kwargs) -> MuonAdamW:
+def Muon(params, lr: float = 0.02, coefficients=None, dtype=None, **kwargs) -> MuonAdamW:
     "Muon alone, for any matrices; `kwargs` as in `muon_group`."
-    return MuonAdamW([muon_group(ps, lr, **kwargs) for ps in by_shape(params)], coefficients, dtype, compile)
+    return MuonAdamW([muon_group(ps, lr, **kwargs) for ps in by_shape(params)], coefficients, dtype)
 
 # %% ../nbs/02a_optim.ipynb #1a675b03
 def sort_parameters(model: nn.Module) -> dict[str, list[Tensor]]:
@@ -266,7 +258,7 @@ def make_optimizer(
     lr_scale: float = 1.0,            # multiplies all rates at once
     width_scale: float | None = None, # multiplies AdamW's rates; default (n_embd / 768)^-0.5
     betas: tuple = (0.8, 0.95),       # of AdamW
-    **kwargs,                         # coefficients, dtype, compile of `MuonAdamW`
+    **kwargs,                         # coefficients and dtype of `MuonAdamW`
 ) -> MuonAdamW:
     "Sort a GPT's parameters: embedding and head to AdamW, the matrices of the blocks to Muon."
     kinds = sort_parameters(model)
