@@ -15,7 +15,7 @@ from .settings import NanochatError, run_main
 from .runtime import init_runtime
 from .engine import Engine, Reader, Request
 from .evals import load_engine
-from .chat import AnswerSettings
+from .chat import AnswerSettings, fit_prompt
 
 # %% ../nbs/08a_server.ipynb #1866c0ef
 class Worker:
@@ -150,6 +150,8 @@ def read_request(
     prompt = engine.tok.render_prompt(body.get("messages"))
     n = _number(body, "max_completion_tokens", _number(body, "max_tokens", cfg.max_tokens, int), int)
     if not 1 <= n <= cfg.max_tokens: raise NanochatError(f"max_tokens={n}: expected 1 to {cfg.max_tokens}")
+    if (forget := body.get("truncation")) == "auto": prompt = fit_prompt(engine, body["messages"], n)
+    elif forget not in (None, "disabled"): raise NanochatError("truncation: expected 'auto' or 'disabled'")
     seed = _number(body, "seed", uuid.uuid4().int & 0x7FFFFFFF, int)
     q = Request(prompt, n, _number(body, "temperature", cfg.temperature),
                 _number(body, "top_k", cfg.top_k, int) or None, _number(body, "top_p", None), seed)
@@ -338,7 +340,7 @@ async function reply() {
   try {
     const r = await fetch('v1/chat/completions', {method: 'POST', signal: mine.signal,
       headers: {'Content-Type': 'application/json', ...(key && {Authorization: 'Bearer ' + key})},
-      body: JSON.stringify({messages: talk, stream: true, temperature: +$('t').value})});
+      body: JSON.stringify({messages: talk, stream: true, truncation: 'auto', temperature: +$('t').value})});
     if (r.status == 401) { key = prompt('API key') || ''; if (key) { box.remove(); running = null; return reply(); } }
     if (!r.ok) throw new Error((await r.json()).error.message);
     const reader = r.body.pipeThrough(new TextDecoderStream()).getReader();

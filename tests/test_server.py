@@ -8,7 +8,7 @@ import uvicorn
 from nanochat_nb.checkpoint import save_checkpoint
 from nanochat_nb.engine import Engine, Request
 from nanochat_nb.model import GPT, GPTConfig
-from nanochat_nb.server import Refused, ServerSettings, Worker, at_stop, make_app, read_body
+from nanochat_nb.server import Refused, ServerSettings, Worker, at_stop, make_app, read_body, read_request
 from nanochat_nb.tokenizer import train_tokenizer
 
 TEXTS = [f"{i}+{j} 等于几 how much is it 你好世界 hello 👋" for i in range(10) for j in range(10)]
@@ -218,6 +218,19 @@ def test_odd_requests_get_a_sentence_not_a_crash(site):
     assert post("[" * 100_000).json()["error"]["code"] == "not_json"
     assert post(talk + '"top_k": 1' + "0" * 400 + "}").status_code == 200    # all tokens, as any number beyond the vocabulary
 
+def test_a_long_talk_forgets_its_beginning_if_asked_to(site):
+    def post(**kw): return httpx.post(site.url + "/v1/chat/completions", json={"max_tokens": 3} | kw, timeout=60)
+    rules = {"role": "system", "content": "be brief"}
+    turns = [{"role": r, "content": f"turn {i} " * 9} for i in range(40) for r in ("user", "assistant")]
+    talk, room = [rules, *turns, *ASK], site.worker.engine.seq_len - 3
+    refused = [post(messages=talk), post(messages=talk, truncation="disabled"), post(messages=talk, truncation="half")]
+    assert [r.status_code for r in refused] == [400] * 3 and "truncation" in refused[2].text and "no room" in refused[1].text
+    tok, cfg = site.worker.engine.tok, site.cfg
+    q, *_ = read_request({"messages": talk, "max_tokens": 3, "truncation": "auto"}, site.worker.engine, cfg)
+    assert q.prompt in [tok.render_prompt([rules, *turns[n:], *ASK]) for n in range(2, 81, 2)] and room - 60 < len(q.prompt) <= room
+    assert post(messages=talk, truncation="auto").status_code == 200
+    assert post(messages=[rules, {"role": "user", "content": "long " * 2000}], truncation="auto").status_code == 400
+
 def test_usage_is_sent_where_it_is_asked_for(site):
     for options, n in ((None, 0), ({"include_usage": False}, 0), (5, 0), ({"include_usage": True}, 1)):
         body = {"messages": ASK, "max_tokens": 3, "stream": True, "stream_options": options}
@@ -267,6 +280,10 @@ def test_page_in_a_browser(site, tmp_path):
         page.fill("#text", "short"); page.click("#send"); page.wait_for_selector(".assistant >> nth=3")  # … and the talk goes on
         page.locator("#stop:disabled").wait_for(timeout=30000)
         assert page.locator(".error").count() == 1 and problems and all("400" in x for x in problems)
+        page.evaluate("() => { for (let i = 0; i < 80; i++) messages.push({role: i % 2 ? 'assistant' : 'user', content: 'turn '.repeat(9)}) }")
+        page.fill("#text", "short"); page.click("#send"); page.wait_for_selector(".assistant >> nth=4")  # forgets the oldest
+        page.locator("#stop:disabled").wait_for(timeout=30000)
+        assert page.locator(".error").count() == 1
         page.click("#fresh")
         assert page.locator(".m").count() == 0
         assert all(u.startswith(site.url) for u in asked)             # nothing from elsewhere
