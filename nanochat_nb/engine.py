@@ -192,8 +192,8 @@ def _refresh(self: Engine):
     own = self.dtype == torch.float32 and not (self.compile and self.device.type == "cpu")
     if own and not self.int8: self.fast = self.model; return
     version = [p._version for p in self.model.parameters()]
-    packed = self.compile and self.device.type == "cpu"             # then compiled code may hold the old weights
-    if self.fast in (None, self.model) or packed and version != self.version:
+    cpu = self.device.type == "cpu"                                 # compiled code there may hold the old weights
+    if self.fast in (None, self.model) or cpu and version != self.version:
         self.fast, self.version, self.idle = frozen_copy(self.model, self.dtype, self.int8), None, {}
     if version != self.version:
         for m in self.fast.modules():
