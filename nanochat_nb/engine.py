@@ -418,6 +418,7 @@ def requests(self: Engine, prompts, max_tokens=256, temperature=1.0, top_k=None,
 @patch
 def drain(self: Engine, todo: list[Request], batch_size: int = 128):
     "Run a list of requests to the end, the short prompts first; yields as `run` does."
+    if batch_size < 1: raise NanochatError(f"batch_size={batch_size}: expected at least 1")
     wait = sorted(todo, key=lambda q: -len(q.prompt))
     rows = min(batch_size, len(wait))
     few = rows // 8 if self.chunk > 1 else 0                          # on a GPU, prefill several at a time
@@ -512,8 +513,12 @@ def score(self: Engine,
     batch_size: int = 64,                      # rows of one forward pass
 ) -> list[tuple[float, int]]:                  # (log-likelihood of the continuation in nats, its number of tokens)
     "How likely each continuation is after its prompt."
+    if batch_size < 1: raise NanochatError(f"batch_size={batch_size}: expected at least 1")
     for i, (p, c) in enumerate(pairs):
         if not p: raise NanochatError(f"pair {i} has an empty prompt; begin it with the bos token")
+        if min(p + c) < 0 or max(p + c) >= self.tok.vocab_size:
+            raise NanochatError(f"pair {i} holds a token id outside 0…{self.tok.vocab_size - 1}; "
+                                "encode it with the model's tokenizer")
         if len(p) + len(c) > self.seq_len + 1:
             raise NanochatError(f"pair {i} has {len(p) + len(c)} tokens, the model scores at most {self.seq_len + 1}; "
                                 "shorten its prompt")

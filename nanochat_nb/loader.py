@@ -117,7 +117,7 @@ def check_state(made_from: dict, state: dict):
     for k, v in made_from.items():
         if state.get(k) != v:
             raise NanochatError(f"the saved loader state was made with {k}={state.get(k)!r}, this loader has {v!r}; "
-                                f"use the same {k}, or begin the data anew without the saved state")
+                                f"use the same {k}, or start a run under another tag")
 
 # %% ../nbs/01a_loader.ipynb #c28c2657
 def fingerprint(things) -> str:
@@ -428,7 +428,7 @@ def eval_batches(
     n_tokens: int,    # targets wanted, rounded up to whole batches
 ) -> list:            # of (x, y), (batch_rows, T) int64; fewer when documents run out, empty if there are none
     "The first documents of the `val` split in one language; every token is a target once, y is −1 after the last."
-    if lang not in ("zh", "en", ""): raise NanochatError(f"lang={lang!r} must be 'zh' or 'en'")
+    if lang not in ("zh", "en", ""): raise NanochatError(f"lang={lang!r} must be 'zh' or 'en', or empty for both")
     check_rows(seq_len, batch_rows, 0, 1)
     per = batch_rows * seq_len
     want, ids, texts, bos = math.ceil(n_tokens / per) * per + 1, [], iter_texts(folder, "val", lang), tokenizer.bos_id

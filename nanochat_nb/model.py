@@ -49,7 +49,7 @@ def check(self: GPTConfig):
     if self.n_embd % (2 * self.n_head):
         raise NanochatError(f"n_embd={self.n_embd} does not split into n_head={self.n_head} heads of an even size")
     if self.n_head % self.n_kv_head:
-        raise NanochatError(f"n_kv_head={self.n_kv_head} must divide n_head={self.n_head}")
+        raise NanochatError(f"n_kv_head={self.n_kv_head} must divide n_head={self.n_head}; 0 gives as many")
 
 @patch(as_prop=True)
 def head_dim(self: GPTConfig) -> int: return self.n_embd // self.n_head  # D

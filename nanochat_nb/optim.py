@@ -310,7 +310,7 @@ def round_batch(
     n_gpu: int,        # ranks
     device_batch: int, # most rows one GPU takes at once
 ) -> tuple[int, int, int, list[str]]: # rows of a micro-batch, micro-batches a step, tokens a step, what was changed
-    "The workable batch nearest to the one asked for; among equals the one with the fewest micro-batches."
+    "The workable batch nearest to the one asked for, at most twice the micro-batches needed; of equals the fewest."
     want = max(1, round(batch_tokens / seq_len)) / n_gpu          # rows of one rank
     least = max(1, math.ceil(want / device_batch))
     options = [(min(device_batch, max(1, round(want / k))), k) for k in range(least, 2 * least + 1)]

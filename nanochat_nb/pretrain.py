@@ -90,7 +90,8 @@ RATES = ("matrix_lr", "embedding_lr", "unembedding_lr", "weight_decay", "muon_be
 
 def fill(cfg: PretrainSettings) -> PretrainSettings:
     "The settings with every zero or empty value filled in from `depth`."
-    floor = dict(depth=1, n_gpu=1, nnodes=1, num_iterations=0, batch_tokens=0, seq_len=0, eval_tokens=0)
+    names = "num_iterations batch_tokens device_batch seq_len eval_tokens eval_every save_every keep workers vocab_size"
+    floor = dict.fromkeys(f"{names} ratio lr_scale warmup warmdown".split(), 0) | dict(depth=1, n_gpu=1, nnodes=1)
     for k, least in floor.items():
         if getattr(cfg, k) < least: raise NanochatError(f"{k}={getattr(cfg, k)}: expected {least} or more"
                                                         + "; try 4 for a laptop, 20 for a server" * (k == "depth"))
@@ -98,7 +99,8 @@ def fill(cfg: PretrainSettings) -> PretrainSettings:
     if cfg.depth >= 16: sizes["device_batch"] = 16
     cfg = replace(cfg, **{k: v for k, v in sizes.items() if not getattr(cfg, k)})
     if cfg.batch_tokens < cfg.seq_len:
-        raise NanochatError(f"batch_tokens={cfg.batch_tokens} is less than one row of seq_len={cfg.seq_len}")
+        raise NanochatError(f"batch_tokens={cfg.batch_tokens} is less than one row of seq_len={cfg.seq_len}; "
+                            "raise it or lower seq_len")
     return replace(cfg, lr_scale=cfg.lr_scale or (cfg.batch_tokens / LARGE["batch_tokens"]) ** 0.125,
                    eval_tokens=cfg.eval_tokens or 8 * min(cfg.batch_tokens, 131072))
 

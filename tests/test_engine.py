@@ -204,6 +204,10 @@ def test_bad_input(engine, kw, said):
 def test_bad_pairs_and_vocabulary(tok, engine):
     with pytest.raises(NanochatError, match="pair 0 has an empty prompt"): engine.score([([], [1])])
     with pytest.raises(NanochatError, match="pair 1 has 66 tokens"): engine.score([([1], [1]), ([1] * 60, [1] * 6)])
+    for bad in ([([1], [-3])], [([1], [9999])], [([9999], [])]):
+        with pytest.raises(NanochatError, match="pair 0 holds a token id"): engine.score(bad)
+    for f in (lambda: engine.score([([1], [1])], 0), lambda: engine.generate([[1]], 8, batch_size=0)):
+        with pytest.raises(NanochatError, match="batch_size=0: expected at least 1"): f()
     with pytest.raises(NanochatError, match="vocab_size=500"): Engine(GPT(GPTConfig(1, 1, 1, 8, 500, 8)), tok)
 
 def test_leaves_the_model_trainable(tok):

@@ -7,7 +7,7 @@ from nanochat_nb.checkpoint import damage, latest_step, load_checkpoint, pack_st
 from nanochat_nb.data import DataSettings, prepare, shard_paths
 from nanochat_nb.pretrain import PretrainSettings
 from nanochat_nb.runtime import read_metrics
-from nanochat_nb.settings import field_comments
+from nanochat_nb.settings import NanochatError, field_comments
 from nanochat_nb.tokenizer import TokenizerSettings, prepare_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -254,3 +254,8 @@ def test_what_is_compiled_is_little_and_agrees_with_eager(tmp_path, monkeypatch)
     assert len(graphs) == 3                                                    # four blocks, the last, the loss
     with torch.no_grad(): model(x, x); model(x[:, :20])
     assert len(graphs) == 3
+
+@pytest.mark.parametrize("field", ["lr_scale", "workers", "warmup", "warmdown", "ratio", "vocab_size", "keep", "save_every"])
+def test_a_negative_setting_is_refused(field):
+    from nanochat_nb.pretrain import fill
+    with pytest.raises(NanochatError, match=f"{field}=-1: expected 0 or more"): fill(PretrainSettings(**{field: -1}))
