@@ -7,7 +7,7 @@ __all__ = ['WORDS', 'HELP', 'fit_prompt', 'Conversation', 'token_html', 'bubble'
            'AnswerSettings', 'ChatSettings', 'typed', 'main']
 
 # %% ../nbs/08_chat.ipynb #daa97767
-import html, sys
+import bisect, html, sys
 from dataclasses import dataclass
 from fastcore.basics import patch
 from .settings import NanochatError, run_main
@@ -21,14 +21,15 @@ from .rl import sampled
 def fit_prompt(
     engine: Engine,
     messages: list,   # a conversation that ends with the user's turn
-    max_tokens: int,  # of the answer; half the context is kept for it at most
+    max_tokens: int,  # of the answer; room for them is kept, half the context at most, if turns can be left out
 ) -> list[int]:
     "Ids of what the model reads; the oldest turns are left out where the context is too short."
     room, head = engine.seq_len - min(max_tokens, engine.seq_len // 2), int(messages[0]["role"] == "system")
-    for start in range(head, len(messages), 2):
-        ids = engine.tok.render_prompt(messages[:head] + messages[start:])
-        if len(ids) <= room: return ids
-    raise NanochatError(f"the message has {len(ids)} tokens, the context holds {room} beside an answer; shorten it")
+    ids = lambda start: engine.tok.render_prompt(messages[:head] + messages[start:])
+    starts = range(head, len(messages), 2)
+    fits = bisect.bisect_left(starts, True, key=lambda start: len(ids(start)) <= room)
+    if len(best := ids(starts[min(fits, len(starts) - 1)])) < engine.seq_len: return best   # the last turn: whole
+    raise NanochatError(f"the message has {len(best)} tokens, the context holds {engine.seq_len}; shorten it")
 
 # %% ../nbs/08_chat.ipynb #d4aff725
 class Conversation:
@@ -172,7 +173,7 @@ def command(talk: Conversation, line: str) -> str | None: # what to print; None:
     "Carry out a line that begins with `/`, all but /again."
     name, _, value = line.partition(" ")
     if name == "/quit": return None
-    if name == "/new": talk.messages.clear(); return "—"
+    if name == "/new": talk.messages, talk.ids = [], []; return "—"
     if name == "/tokens": return "|".join(talk.engine.tok.decode([t]) for t in talk.ids)
     if name == "/t":
         try: t = float(value)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['N_FORCED', 'Slots', 'Fill', 'spelled_attention', 'Next', 'decode_step', 'compiled_step', 'Request', 'Engine',
-           'Frozen', 'frozen_copy', 'Batch', 'Reader']
+           'Frozen', 'frozen_copy', 'Batch', 'packing', 'Reader']
 
 # %% ../nbs/05_engine.ipynb #97b1edcf
-import functools, warnings
-from contextlib import nullcontext
+import functools, threading, warnings
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
 import torch, torch.nn.functional as F
@@ -141,7 +141,7 @@ class Engine:
             raise NanochatError(f"the model has vocab_size={model.cfg.vocab_size}, the tokenizer "
                                 f"{tokenizer.vocab_size}; load the tokenizer that the model was trained with")
         self.model, self.tok, self.seq_len, self.compile, self.int8 = model, tokenizer, model.cfg.seq_len, compile, int8
-        rt, self.fast, self.idle = runtime, None, {}
+        rt, self.fast, self.idle, self.pack = runtime, None, {}, True
         self.device, self.autocast = (torch.device(rt.device), rt.autocast) if rt else (model.device, nullcontext)
         self.stop, self.call = {tokenizer.special("assistant_end"), tokenizer.bos_id}, tokenizer.special("python_end")
         self.chunk, self.ahead = (8, True) if self.device.type == "cuda" else (1, False)  # steps a look; run on?
@@ -192,9 +192,10 @@ def _refresh(self: Engine):
     own = self.dtype == torch.float32 and not (self.compile and self.device.type == "cpu")
     if own and not self.int8: self.fast = self.model; return
     version = [p._version for p in self.model.parameters()]
-    cpu = self.device.type == "cpu"                                 # compiled code there may hold the old weights
-    if self.fast in (None, self.model) or cpu and version != self.version:
-        self.fast, self.version, self.idle = frozen_copy(self.model, self.dtype, self.int8), None, {}
+    if self.fast in (None, self.model): self.fast, self.version = frozen_copy(self.model, self.dtype, self.int8), None
+    if self.device.type == "cpu" and self.pack and self.version and version != self.version:
+        self.fast = frozen_copy(self.model, self.dtype, self.int8)  # compiled code may hold the old one: no more so
+        self.pack, self.idle = False, {}
     if version != self.version:
         for m in self.fast.modules():
             if isinstance(m, Frozen): m.refresh()
@@ -211,7 +212,7 @@ class Batch:
         self.state, self.options = torch.full((rows, 5 + N_FORCED), -1, device=d), torch.ones(rows, 3, device=d)
         self.state[:, :5] = 0
         self.out = torch.zeros(rows, e.chunk, dtype=torch.long, device=d)
-        self.packed = e.compile and d.type == "cpu" and not e.int8 and rows > 4
+        self.fast, self.packed = e.fast, e.pack and e.compile and d.type == "cpu" and not e.int8 and rows > 4
     def free(self) -> list[int]:
         "Rows without a request; those that have ended are let go."
         self.requests = [q if q and not q.ended else None for q in self.requests]
@@ -244,7 +245,7 @@ def admit(self: Batch, requests: list[Request]):
         group = [*group]
         x = [rows[r].prompt[:-1] for r in group]
         x = torch.tensor([p + [0] * (max(map(len, x)) - len(p)) for p in x], device=d)
-        with e.autocast(): e.fast.features(x, Fill(self.slots, torch.tensor(group, device=d)))
+        with e.autocast(): self.fast.features(x, Fill(self.slots, torch.tensor(group, device=d)))
 
 # %% ../nbs/05_engine.ipynb #6446f092
 @patch
@@ -291,7 +292,7 @@ def _step(self: Batch, n: int, mode: str):
     "A step that reads the first `n` positions, ready to be called."
     e, keys = self.engine, torch.arange(n, device=self.engine.device)
     if e.compile and n > 1: torch._dynamo.mark_dynamic(keys, 0)
-    args = e.fast, self.slots, self.state, self.options, self.out, keys, mode, e.compile
+    args = self.fast, self.slots, self.state, self.options, self.out, keys, mode, e.compile
     step = functools.partial(compiled_step(mode, e.device.type == "cpu") if e.compile else decode_step, *args)
     return self._record(step) if e.device.type == "cuda" else step
 
@@ -311,12 +312,12 @@ def _record(self: Batch, step):
     return lambda: graph.replay() or step  # it holds on to the step: a replay reads its tensors where they stood
 
 # %% ../nbs/05_engine.ipynb #a885741d
-@patch
-def _around(self: Batch, step, mode: str):
-    "Stands around a call of a step on a CPU: the first may pack the weights, later ones need no checks."
-    if not self.engine.compile or self.engine.device.type == "cuda": return nullcontext()
-    if step and mode != "cut": return torch.compiler.set_stance(skip_guard_eval_unsafe=True)
-    return inductor.patch(freezing=self.packed)
+_ALONE = threading.Lock()
+
+@contextmanager
+def packing():
+    "What is compiled meanwhile holds its weights; the setting belongs to the process, so one at a time."
+    with _ALONE, inductor.patch(freezing=True): yield
 
 # %% ../nbs/05_engine.ipynb #a885741e
 @patch
@@ -331,7 +332,7 @@ def _launch(self: Batch):
     key = min(n, self.max_len), mode
     step = self.graphs.get(key)
     try:
-        with e.autocast(), self._around(step, mode):
+        with e.autocast(), packing() if self.packed and not step else nullcontext():
             step = step or self._step(*key)
             for _ in range(1 if e.device.type == "cuda" else e.chunk): step()
         self.graphs[key] = step
@@ -351,10 +352,11 @@ def run(self: Engine,
     max_len: int,    # most tokens of a row, prompt included
 ):                   # yields [(request, its new tokens), …] after every few steps
     "Decode until there is nothing left to do, refilling rows as they end."
-    self._refresh()
     static = self.compile or self.ahead                              # then shapes are worth keeping
     if static: rows, max_len = 1 << (rows - 1).bit_length(), min(self.seq_len, -(-max_len // 256) * 256)
-    batch = self.idle.pop((rows, max_len), None) or Batch(self, rows, max_len)
+    with torch.inference_mode(False):                                # what is kept must serve outside of it as well
+        self._refresh()
+        batch = self.idle.pop((rows, max_len), None) or Batch(self, rows, max_len)
     try:
         while True:
             busy = len(batch.requests) - len(batch.free())
@@ -366,7 +368,7 @@ def run(self: Engine,
             yield batch.advance()
     finally:
         batch.requests, batch.flying = [None] * len(batch.requests), []
-        if static: self.idle = {(rows, max_len): batch}
+        if static and batch.fast is self.fast: self.idle = {(rows, max_len): batch}
 
 # %% ../nbs/05_engine.ipynb #6b16aeb6
 @patch

@@ -91,10 +91,13 @@ RATES = ("matrix_lr", "embedding_lr", "unembedding_lr", "weight_decay", "muon_be
 def fill(cfg: PretrainSettings) -> PretrainSettings:
     "The settings with every zero or empty value filled in from `depth`."
     names = "num_iterations batch_tokens device_batch seq_len eval_tokens eval_every save_every keep workers vocab_size"
-    floor = dict.fromkeys(f"{names} ratio lr_scale warmup warmdown".split(), 0) | dict(depth=1, n_gpu=1, nnodes=1)
+    names += " ratio lr_scale matrix_lr embedding_lr unembedding_lr weight_decay"
+    floor = dict.fromkeys(names.split(), 0) | dict(depth=1, n_gpu=1, nnodes=1)
     for k, least in floor.items():
         if getattr(cfg, k) < least: raise NanochatError(f"{k}={getattr(cfg, k)}: expected {least} or more"
                                                         + "; try 4 for a laptop, 20 for a server" * (k == "depth"))
+    for k in ("warmup", "warmdown", "activation_budget", "muon_beta2"):
+        if not 0 <= getattr(cfg, k) <= 1: raise NanochatError(f"{k}={getattr(cfg, k)}: expected a share, 0 to 1")
     sizes = dict(SMALL if cfg.depth < 8 else LARGE, tag=f"d{cfg.depth}")
     if cfg.depth >= 16: sizes["device_batch"] = 16
     cfg = replace(cfg, **{k: v for k, v in sizes.items() if not getattr(cfg, k)})
@@ -124,7 +127,8 @@ class Trainer:
         self.start, self.seconds, self.last, self.due = 0, 0.0, {}, ()  # steps, seconds done; latest values; to measure
         self.short = rt.device.type == "cpu" and self.n_steps < 300  # too short to compile: run it exactly instead
         if self.short and not cfg.dtype: rt.dtype = torch.float32
-        self.sharded = self.fits = cfg.shard and rt.world_size > 1   # if so, `fit_rows` has no say
+        self.sharded = cfg.shard and rt.world_size > 1
+        self.trials = 0 if self.sharded else 2        # steps in which `fit_rows` has a say
         self.loader, self.saver = Prefetch(self.loader, rt.device), Saver()
         shard_model(self.model, rt.device, rt.dtype) if self.sharded else self.model.to(rt.device)
         self.opt = make_optimizer(self.model, dtype=rt.dtype, **{k: getattr(cfg, k) for k in RATES})
@@ -147,7 +151,7 @@ def gradients(self: Trainer, model, x, y) -> torch.Tensor: # mean loss over the 
     "That mean loss, and this rank's part of its gradients; the optimiser averages those over the ranks."
     count = (y >= 0).sum().float()
     all_reduce_mean([count])
-    total = (self.accumulate if self.fits else self.fit_rows)(model, x, y, count)
+    total = (self.fit_rows if self.trials else self.accumulate)(model, x, y, count)
     all_reduce_mean([total])
     return total
 
@@ -162,15 +166,16 @@ def memory_key(self: Trainer) -> str:
 # %% ../nbs/03_pretrain.ipynb #c87a37bc
 @patch
 def fit_rows(self: Trainer, model, x, y, count) -> torch.Tensor: # as of `accumulate`
-    "The first step: fewer rows at a time until memory suffices on every rank."
+    "The first steps: fewer rows at a time until memory suffices on every rank."
     path, key, short = base_folder(self.cfg.base_dir) / "memory.json", self.memory_key(), x.new_zeros(1).float()
     known = read_json(path) if path.exists() else {}
     self.micro_rows = min(self.micro_rows, known.get(key, self.micro_rows))
     try: total = self.accumulate(model, x, y, count)
     except torch.OutOfMemoryError: short += 1
     all_reduce_mean([short])
-    self.fits = not short.item()
-    if self.fits: return total
+    if not short.item():
+        self.trials -= 1                             # not yet at the first: the optimiser's state takes memory too
+        return total
     self.opt.zero_grad(set_to_none=True)
     fewer = [r for r in range(1, self.micro_rows) if len(x) % r == 0]
     if not fewer: raise NanochatError(f"not even one row of {x.size(1)} tokens fits in memory; lower depth or seq_len, "

@@ -336,7 +336,7 @@ $('text').onkeydown = e => {
 _REPLY = """
 async function reply() {
   const talk = messages, mine = new AbortController(), box = bubble('assistant', '');
-  let said = '', rest = '', failed = false; running = mine; busy(true);
+  let said = '', rest = '', failed = ''; running = mine; busy(true);
   try {
     const r = await fetch('v1/chat/completions', {method: 'POST', signal: mine.signal,
       headers: {'Content-Type': 'application/json', ...(key && {Authorization: 'Bearer ' + key})},
@@ -349,10 +349,10 @@ async function reply() {
       for (const line of lines) if (line.startsWith('data: {')) { const d = JSON.parse(line.slice(6));
         if (d.error) throw new Error(d.error.message);
         said += d.choices[0]?.delta.content ?? ''; box.textContent = said; $('log').scrollTop = 1e9; } }
-  } catch (e) { if (e.name != 'AbortError') { failed = true; bubble('error', e.message); } }
+  } catch (e) { if (e.name != 'AbortError') failed = e.message || e.name; }
   if (talk === messages && (said || !failed)) talk.push({role: 'assistant', content: said});
-  else if (talk === messages) { const last = talk.pop(); $('text').value ||= last.content; }
-  if (running === mine) { running = null; busy(false); } } label(); draw();
+  else if (talk === messages) { const last = talk.pop(); $('text').value ||= last.content; draw(); }
+  if (failed) bubble('error', failed); if (running === mine) { running = null; busy(false); } } label(); draw();
 """
 PAGE = ('<!doctype html><html><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1"><title>nanochat-nb</title>'
@@ -366,10 +366,11 @@ def main(cfg: ServerSettings):
         raise NanochatError("the server needs fastapi and uvicorn: pip install 'nanochat-nb[serve]'") from None
     for name in ("rows", "max_tokens"):
         if getattr(cfg, name) < 1: raise NanochatError(f"{name}={getattr(cfg, name)}: expected at least 1")
+    try: s = socket.create_server((cfg.host, cfg.port), family=socket.AF_INET6 if ":" in cfg.host else socket.AF_INET)
+    except (OSError, OverflowError) as e:
+        raise NanochatError(f"{cfg.host}:{cfg.port}: {e}; choose another --port") from None
     engine = load_engine(cfg.base_dir, cfg.stage, cfg.tag, init_runtime(cfg.device, cfg.dtype))
     engine.compile, engine.int8 = cfg.compile, cfg.int8
-    try: s = socket.create_server((cfg.host, cfg.port), family=socket.AF_INET6 if ":" in cfg.host else socket.AF_INET)
-    except OSError as e: raise NanochatError(f"{cfg.host}:{cfg.port}: {e}; choose another --port") from None
     worker = Worker(engine, cfg.rows)
     if cfg.host not in ("127.0.0.1", "localhost", "::1") and not api_key(cfg):
         print("warning: anyone who reaches this address may use it; set --api_key", file=sys.stderr)

@@ -2,7 +2,7 @@
 import subprocess, sys
 from dataclasses import asdict
 import pytest, torch
-from nanochat_nb.chat import ChatWidget, Conversation, chat_loop, token_html
+from nanochat_nb.chat import ChatWidget, Conversation, chat_loop, command, fit_prompt, token_html
 from nanochat_nb.checkpoint import save_checkpoint
 from nanochat_nb.engine import Engine
 from nanochat_nb.model import GPT, GPTConfig
@@ -73,3 +73,18 @@ def test_widget_streams_and_shows_tokens(base, monkeypatch):
     assert window.log.value.endswith(token_html(base[1].tok, window.talk.ids))
     window.text.value = "啊" * 600
     assert "shorten it" in window.log.value and len(window.talk.messages) == 2
+
+def test_what_a_model_reads_of_a_long_talk(base):
+    engine, say = base[1], lambda role, text: {"role": role, "content": text}
+    talk = [say(r, f"turn {i} " * (1 + i % 5)) for i in range(400) for r in ("user", "assistant")] + [say("user", "hi")]
+    for head in ([], [say("system", "be brief")]):
+        first = next(n for n in range(0, 802, 2) if len(engine.tok.render_prompt(head + talk[n:])) <= 512 - 100)
+        assert fit_prompt(engine, head + talk, 100) == engine.tok.render_prompt(head + talk[first:])
+    long = [say("user", "hello " * 300)]                                # alone it may take the room of the answer
+    assert 256 < len(engine.tok.render_prompt(long)) < 512 and fit_prompt(engine, talk[:-1] + long, 300) == engine.tok.render_prompt(long)
+    with pytest.raises(Exception, match="the context holds 512; shorten it"): fit_prompt(engine, [say("user", "hello " * 900)], 100)
+
+def test_new_forgets_words_and_tokens(base):
+    talk = Conversation(base[1], max_tokens=5)
+    list(talk.ask("hi"))
+    assert talk.ids and command(talk, "/new") == "—" and talk.messages == talk.ids == []

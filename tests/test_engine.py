@@ -184,13 +184,37 @@ def test_weights_in_compiled_code_do_not_outlive_a_change(tok):
     if not (shutil.which("g++") or shutil.which("clang++")): pytest.skip("no C++ compiler")
     e, other, prompts = make_engine(tok), make_engine(tok, seed=1), [[tok.bos_id] * n for n in (1, 3, 20, 9, 2, 2)]
     def says(e, compile):
-        e.compile, e.idle = compile, e.idle if compile else {}
+        if e.compile != compile: e.compile, e.idle = compile, {}
         return e.generate(prompts, 20, temperature=0, tools=False)
     before, want = says(e, False), says(other, False)
     assert says(e, True) == before and says(other, True) == want != before
+    assert all(b.packed for b in e.idle.values())
+    todo = e.requests(prompts, 20, 0, tools=False)
+    left = e.drain(todo); next(left)                                   # a run that is left lying while the weights change
     with torch.no_grad():
         for mine, new in zip(e.model.parameters(), other.model.parameters()): mine.copy_(new)
-    assert says(e, True) == want == says(e, True) and e.idle and all(b.packed for b in e.idle.values())
+    assert says(e, True) == want
+    left.close()
+    assert says(e, True) == want and e.idle and not any(b.packed for b in e.idle.values())
+    entries = len(torch._dynamo.eval_frame._debug_get_cache_entry_list(decode_step.__code__))
+    for i in range(3):                                                 # weights that change are not packed again
+        with torch.no_grad():
+            for p in e.model.parameters(): p.mul_(.9)
+        got = says(e, True)
+        assert got == make_like(e, tok).generate(prompts, 20, temperature=0, tools=False)
+    assert len(torch._dynamo.eval_frame._debug_get_cache_entry_list(decode_step.__code__)) == entries
+
+def make_like(e, tok):
+    "An engine of its own with the same weights, not compiled."
+    new = make_engine(tok)
+    new.model.load_state_dict(e.model.state_dict())
+    return new
+
+def test_what_was_kept_in_inference_mode_serves_outside(tok):
+    e, prompts = make_engine(tok), [[tok.bos_id, 5], [tok.bos_id, 6, 7]]
+    want, e.ahead = e.generate(prompts, 12, temperature=0), True       # batches are kept, as on a GPU
+    with torch.inference_mode(): assert e.generate(prompts, 12, temperature=0) == want
+    assert e.idle and e.generate(prompts, 12, temperature=0) == want
 
 @pytest.mark.parametrize("kw,said", [
     (dict(prompts=[[]]), "prompt 0 is empty"), (dict(prompts=[[1], [1] * 65]), "prompt 1 has 65 tokens"),

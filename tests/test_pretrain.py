@@ -255,7 +255,12 @@ def test_what_is_compiled_is_little_and_agrees_with_eager(tmp_path, monkeypatch)
     with torch.no_grad(): model(x, x); model(x[:, :20])
     assert len(graphs) == 3
 
-@pytest.mark.parametrize("field", ["lr_scale", "workers", "warmup", "warmdown", "ratio", "vocab_size", "keep", "save_every"])
+@pytest.mark.parametrize("field", ["lr_scale", "workers", "ratio", "vocab_size", "keep", "save_every", "matrix_lr"])
 def test_a_negative_setting_is_refused(field):
     from nanochat_nb.pretrain import fill
     with pytest.raises(NanochatError, match=f"{field}=-1: expected 0 or more"): fill(PretrainSettings(**{field: -1}))
+
+@pytest.mark.parametrize("more", [dict(warmup=-.1), dict(warmup=2.), dict(warmdown=40.), dict(activation_budget=-1.), dict(muon_beta2=1.5)])
+def test_a_share_is_between_nothing_and_all(more):
+    from nanochat_nb.pretrain import fill
+    with pytest.raises(NanochatError, match="expected a share, 0 to 1"): fill(PretrainSettings(**more))

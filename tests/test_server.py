@@ -277,11 +277,12 @@ def test_page_in_a_browser(site, tmp_path):
         page.screenshot(path=os.environ.get("SCREENSHOT", str(tmp_path/"page.png")))
         page.fill("#text", "long " * 600); page.click("#send"); page.locator(".error").wait_for()   # refused: it is given back
         assert page.input_value("#text").startswith("long long")
-        page.fill("#text", "short"); page.click("#send"); page.wait_for_selector(".assistant >> nth=3")  # … and the talk goes on
+        assert page.locator(".user").count() == 2 and page.locator(".assistant").count() == 2           # and taken off the page
+        page.fill("#text", "short"); page.click("#send"); page.wait_for_selector(".assistant >> nth=2")  # … and the talk goes on
         page.locator("#stop:disabled").wait_for(timeout=30000)
         assert page.locator(".error").count() == 1 and problems and all("400" in x for x in problems)
         page.evaluate("() => { for (let i = 0; i < 80; i++) messages.push({role: i % 2 ? 'assistant' : 'user', content: 'turn '.repeat(9)}) }")
-        page.fill("#text", "short"); page.click("#send"); page.wait_for_selector(".assistant >> nth=4")  # forgets the oldest
+        page.fill("#text", "short"); page.click("#send"); page.wait_for_selector(".assistant >> nth=3")  # forgets the oldest
         page.locator("#stop:disabled").wait_for(timeout=30000)
         assert page.locator(".error").count() == 1
         page.click("#fresh")
