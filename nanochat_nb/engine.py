@@ -192,10 +192,10 @@ def _refresh(self: Engine):
     own = self.dtype == torch.float32 and not (self.compile and self.device.type == "cpu")
     if own and not self.int8: self.fast = self.model; return
     version = [p._version for p in self.model.parameters()]
-    if self.fast in (None, self.model): self.fast, self.version = frozen_copy(self.model, self.dtype, self.int8), None
-    if self.device.type == "cpu" and self.pack and self.version and version != self.version:
-        self.fast = frozen_copy(self.model, self.dtype, self.int8)  # compiled code may hold the old one: no more so
-        self.pack, self.idle = False, {}
+    new = self.fast in (None, self.model)
+    if not new and self.device.type == "cpu" and self.pack and version != self.version:
+        new, self.pack, self.idle = True, False, {}                 # compiled code may hold the old copy: no more so
+    if new: self.fast, self.version = frozen_copy(self.model, self.dtype, self.int8), None
     if version != self.version:
         for m in self.fast.modules():
             if isinstance(m, Frozen): m.refresh()
@@ -338,7 +338,7 @@ def _launch(self: Batch):
         self.graphs[key] = step
     except BackendCompilerFailed as err:
         warnings.warn(f"decoding goes on uncompiled, for the compiler failed: {str(err).splitlines()[0]}")
-        e.compile, self.graphs = False, {}
+        e.compile, self.packed, self.graphs = False, False, {}
         return self._launch()
     done = torch.cuda.Event() if e.device.type == "cuda" else None
     self.flying.append((self.requests[:], self.out.to("cpu", non_blocking=True, copy=True), done))

@@ -90,14 +90,12 @@ RATES = ("matrix_lr", "embedding_lr", "unembedding_lr", "weight_decay", "muon_be
 
 def fill(cfg: PretrainSettings) -> PretrainSettings:
     "The settings with every zero or empty value filled in from `depth`."
-    names = "num_iterations batch_tokens device_batch seq_len eval_tokens eval_every save_every keep workers vocab_size"
-    names += " ratio lr_scale matrix_lr embedding_lr unembedding_lr weight_decay"
-    floor = dict.fromkeys(names.split(), 0) | dict(depth=1, n_gpu=1, nnodes=1)
-    for k, least in floor.items():
-        if getattr(cfg, k) < least: raise NanochatError(f"{k}={getattr(cfg, k)}: expected {least} or more"
-                                                        + "; try 4 for a laptop, 20 for a server" * (k == "depth"))
-    for k in ("warmup", "warmdown", "activation_budget", "muon_beta2"):
-        if not 0 <= getattr(cfg, k) <= 1: raise NanochatError(f"{k}={getattr(cfg, k)}: expected a share, 0 to 1")
+    for k, v in asdict(cfg).items():
+        if k in ("warmup", "warmdown", "activation_budget", "muon_beta2"):
+            if not 0 <= v <= 1: raise NanochatError(f"{k}={v}: expected a share, 0 to 1")
+        elif isinstance(v, (int, float)) and v < (least := int(k in ("depth", "n_gpu", "nnodes"))) and k != "seed":
+            raise NanochatError(f"{k}={v}: expected {least} or more"
+                                + "; try 4 for a laptop, 20 for a server" * (k == "depth"))
     sizes = dict(SMALL if cfg.depth < 8 else LARGE, tag=f"d{cfg.depth}")
     if cfg.depth >= 16: sizes["device_batch"] = 16
     cfg = replace(cfg, **{k: v for k, v in sizes.items() if not getattr(cfg, k)})
