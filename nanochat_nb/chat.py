@@ -7,10 +7,10 @@ __all__ = ['WORDS', 'HELP', 'fit_prompt', 'Conversation', 'token_html', 'bubble'
            'AnswerSettings', 'ChatSettings', 'typed', 'main']
 
 # %% ../nbs/08_chat.ipynb #daa97767
-import bisect, html, sys
+import bisect, html, itertools, sys
 from dataclasses import dataclass
 from fastcore.basics import patch
-from .settings import NanochatError, run_main
+from .settings import NanochatError, did_you_mean, run_main
 from .tokenizer import _span
 from .runtime import init_runtime
 from .engine import Engine, Reader
@@ -43,6 +43,7 @@ class Conversation:
     ):
         self.engine, self.messages, self.ids = engine, [], []
         self.max_tokens, self.temperature, self.top_k, self.seed = max_tokens, temperature, top_k, seed
+        engine.requests([[engine.tok.bos_id]], max_tokens, temperature, top_k)   # an error for what cannot be
 
 # %% ../nbs/08_chat.ipynb #8765522b
 @patch
@@ -103,11 +104,13 @@ class ChatWidget:
         **options,          # of the Conversation
     ):
         import ipywidgets as w
+        if lang not in WORDS: raise NanochatError(f"unknown lang {lang!r}{did_you_mean(lang, WORDS)}")
         self.talk = Conversation(engine, **options)
         self.log, self.text = w.HTML(), w.Text(continuous_update=False, layout=w.Layout(flex="1"))
         self.send, self.again, self.fresh = (w.Button(layout=w.Layout(width="auto")) for _ in range(3))
-        self.warm = w.FloatSlider(self.talk.temperature, min=0, max=1.5, step=.1, layout=w.Layout(width="260px"))
-        self.tokens, self.lang = w.Checkbox(indent=False), w.ToggleButtons(options=["zh", "en"], value=lang)
+        warm, wide = self.talk.temperature, w.Layout(width="260px")
+        self.warm = w.FloatSlider(warm, min=0, max=max(1.5, warm), step=.1, layout=wide)
+        self.tokens, self.lang = w.Checkbox(indent=False), w.ToggleButtons(options=list(WORDS), value=lang)
         self.lang.style.button_width = "40px"
         self.box = w.VBox([w.HBox([self.lang, self.warm, self.tokens, self.fresh]), self.log,
                            w.HBox([self.text, self.send, self.again])])
@@ -146,9 +149,10 @@ def play(self: ChatWidget, pieces):
 # %% ../nbs/08_chat.ipynb #fecb6c6a
 @patch
 def ask(self: ChatWidget):
-    "Send what the text field holds."
-    text, self.text.value = self.text.value.strip(), ""
-    if text: self.play(self.talk.ask(text))
+    "Send what the text field holds, and empty it, unless the message is refused."
+    def pieces():
+        for piece in itertools.chain(self.talk.ask(text), [""]): self.text.value = ""; yield piece
+    if text := self.text.value.strip(): self.play(pieces())
 
 @patch
 def clear(self: ChatWidget):
@@ -174,7 +178,8 @@ def command(talk: Conversation, line: str) -> str | None: # what to print; None:
     name, _, value = line.partition(" ")
     if name == "/quit": return None
     if name == "/new": talk.messages, talk.ids = [], []; return "—"
-    if name == "/tokens": return "|".join(talk.engine.tok.decode([t]) for t in talk.ids)
+    if name == "/tokens":
+        return "|".join(talk.engine.tok._bytes[t].decode(errors="backslashreplace") for t in talk.ids)
     if name == "/t":
         try: t = float(value)
         except ValueError: t = -1
@@ -233,7 +238,10 @@ def main(cfg: ChatSettings):
     engine = load_engine(cfg.base_dir, cfg.stage, cfg.tag, init_runtime(cfg.device, cfg.dtype))
     engine.compile = cfg.compile
     talk = Conversation(engine, cfg.max_tokens, cfg.temperature, cfg.top_k or None, cfg.seed)
-    if sys.stdin.isatty() and not cfg.prompt: print(HELP)
-    chat_loop(talk, [cfg.prompt] if cfg.prompt else typed())
+    if not cfg.prompt:
+        if sys.stdin.isatty(): print(HELP)
+        return chat_loop(talk, typed())
+    for piece in talk.ask(cfg.prompt): print(piece, end="", flush=True)
+    print()
 
 if __name__ == "__main__" and "get_ipython" not in globals(): run_main(main, ChatSettings)

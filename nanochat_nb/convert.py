@@ -16,7 +16,10 @@ from .settings import NanochatError, atomic_path, base_folder, run_main
 # %% ../nbs/04a_convert.ipynb #62071762
 def from_instruction(row: dict) -> list[dict]: # messages
     "A row of Alpaca's or Belle's form; input, system and history ([[question, answer], …]) may be absent."
-    turns = [t for pair in row.get("history") or [] for t in pair]
+    history = row.get("history") or []
+    if any(not isinstance(pair, (list, tuple)) or len(pair) != 2 for pair in history):
+        raise ValueError("history: expected [[question, answer], …]")
+    turns = [t for pair in history for t in pair]
     turns += ["\n".join(t for t in (row["instruction"], row.get("input")) if t), row["output"]]
     system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     return system + [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(turns)]
@@ -48,8 +51,10 @@ def to_conversation(row, where: str) -> dict: # {"messages"}
     except (ValueError, TypeError) as e: raise NanochatError(f"{where}: cannot be read ({e})") from None
     data._check_conversation({"messages": messages}, where)
     text = lambda c: c if isinstance(c, str) else "".join(p["text"] for p in c)
-    if empty := [i for i, m in enumerate(messages, 1) if not text(m["content"]).strip()]:
-        raise NanochatError(f"{where}, message {empty[0]}: is empty")
+    for i, t in enumerate((text(m["content"]) for m in messages), 1):
+        if not t.strip(): raise NanochatError(f"{where}, message {i}: is empty")
+        if any("\ud800" <= c <= "\udfff" for c in t):
+            raise NanochatError(f"{where}, message {i}: holds half a surrogate pair; remove it")
     return {"messages": messages}
 
 # %% ../nbs/04a_convert.ipynb #7a5867c3
@@ -78,9 +83,10 @@ def hold_out(
 ) -> tuple[list, list]:     # train, val
     "Held out by the hash of the first question, a share of each language's: copies never stand on both sides."
     asked = [str(next(m["content"] for m in r["messages"] if m["role"] == "user")) for r in rows]
-    docs = [{"text": q, "lang": data.lang_of(q)} for q in dict.fromkeys(asked)]
-    held = {d["text"] for d, v in zip(docs, data.choose_val(docs, seed, fraction, 1)) if v}
-    if not fraction or len(held) == len(docs): held = set()              # not wanted, or nothing left to train on
+    docs = [{"text": q, "lang": data.lang_of(q)} for q in dict.fromkeys(asked)] if fraction else []
+    chosen = list(zip(docs, data.choose_val(docs, seed, fraction, 1)))
+    taught = {d["lang"] for d, v in chosen if not v}              # a language with one question is not held out
+    held = {d["text"] for d, v in chosen if v and d["lang"] in taught}
     return [r for r, q in zip(rows, asked) if q not in held], [r for r, q in zip(rows, asked) if q in held]
 
 # %% ../nbs/04a_convert.ipynb #650c5e2e
@@ -99,12 +105,13 @@ class ConvertSettings:
 def make(cfg: ConvertSettings) -> dict: # folder and counts
     "Convert, split and write; nothing is written while a row is bad."
     if not 0 <= cfg.val_fraction < 1: raise NanochatError(f"val_fraction={cfg.val_fraction}: expected a share, say 0.1")
-    good, bad = convert(cfg.source, cfg.stop)
+    if not cfg.source: raise NanochatError("source is empty; expected a file of dialogues, JSONL or a JSON list")
+    good, bad = convert(Path(cfg.source).expanduser(), cfg.stop)
     if bad and not cfg.skip_bad:
         raise NanochatError(f"{len(bad)} of {len(good) + len(bad)} rows cannot be used; mend them or add --skip_bad: "
                             + "; ".join(bad[:5]))
     if not good: raise NanochatError(f"{cfg.source} holds no conversation that could be used")
-    folder = Path(cfg.out or base_folder(cfg.base_dir) / "task_data" / Path(cfg.source).stem)
+    folder = Path(cfg.out or base_folder(cfg.base_dir) / "task_data" / Path(cfg.source).stem).expanduser()
     parts = dict(zip(("train", "val"), hold_out(good, cfg.val_fraction, cfg.seed)))
     for name, rows in parts.items():
         with atomic_path(folder / f"{name}.jsonl") as tmp:
@@ -112,7 +119,10 @@ def make(cfg: ConvertSettings) -> dict: # folder and counts
     return dict(folder=str(folder), bad=len(bad)) | {k: len(v) for k, v in parts.items()}
 
 # %% ../nbs/04a_convert.ipynb #348cca74
-def parse_mix(text: str) -> list[tuple]: # (name, "all" | "count" | "max" | "epochs" | "weight", number)
+def parse_mix(
+    text: str,                      # names separated by commas
+    setting: str = "conversations", # where it was said, for errors
+) -> list[tuple]:                   # (name, "all" | "count" | "max" | "epochs" | "weight", number)
     "What a mixture such as `world,a.jsonl:500,b.jsonl:max500,c.jsonl:x2,d.jsonl:0.7` asks of each set."
     out = []
     for part in filter(None, map(str.strip, text.split(","))):
@@ -122,8 +132,10 @@ def parse_mix(text: str) -> list[tuple]: # (name, "all" | "count" | "max" | "epo
         except ValueError: number = None                                  # a name that holds a colon
         if number is None: out.append((part, "all", 0.0)); continue
         if not 0 < number < float("inf") or kind in ("count", "max") and number % 1:
-            raise NanochatError(f"conversations: {part!r} asks for {n}; expected more than 0, a whole number of rows")
+            raise NanochatError(f"{setting}: {part!r} asks for {n}; expected more than 0, a whole number of rows")
         out.append((name, kind, number))
+    if one := {"count", "weight"} <= {kind for _, kind, _ in out} and [x for x, *how in out if how == ["count", 1]]:
+        raise NanochatError(f"{setting}: {one[0]}:1 is a count of one row beside weights; write {one[0]}:1.0")
     return out
 
 # %% ../nbs/04a_convert.ipynb #eca61b7d

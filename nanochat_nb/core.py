@@ -50,10 +50,11 @@ def write_bundle(
 # %% ../nbs/06a_core.ipynb #bb69ab34
 BUNDLE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 def at_hand(folder: Path, bundle: str, sha256: str) -> Path:
-    "The unpacked bundle; if another is asked for, an error."
+    "The unpacked bundle; if another is asked for, an error; where it is from, if none was named."
     was = read_json(folder / "origin.json") if (folder / "origin.json").exists() else {}
     if bundle not in (BUNDLE, was.get("bundle", bundle)) or sha256 not in ("", was.get("sha256", sha256)):
         raise NanochatError(f"{folder} was unpacked from {was['bundle']}; delete it to fetch {bundle}")
+    if bundle != was.get("bundle", bundle): print0(f"{folder} is used, unpacked from {was['bundle']}, not {bundle}")
     return folder
 
 # %% ../nbs/06a_core.ipynb #bb69ab35
@@ -86,13 +87,30 @@ def open_bundle(
 def _items(path: Path, form: str) -> list[dict]:
     "The questions of one file, checked."
     out = []
-    try: lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")   # only \n ends a line of JSONL
-    except UnicodeDecodeError as e: raise NanochatError(f"{path} is not UTF-8 ({e.reason})") from None
-    except OSError as e: raise NanochatError(f"{path}: {e.strerror}; delete the bundle and fetch it again") from None
+    try: lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")   # only \n ends a line of JSONL
+    except (UnicodeError, OSError) as e: raise NanochatError(f"{path}: {e}; delete the bundle, fetch again") from None
     for n, line in enumerate(lines, 1):
-        try: out.append({k: json.loads(line)[k] for k in FORMS[form]})
+        try:
+            out.append(x := {k: json.loads(line)[k] for k in FORMS[form]})
+            if x.get("gold", 0) not in range(len(x.get("choices", x.get("context_options", "x")))): raise ValueError
         except (ValueError, KeyError, TypeError):
-            raise NanochatError(f"{path}, line {n}: expected a JSON object with {', '.join(FORMS[form])}") from None
+            want = ", ".join(FORMS[form]).replace("gold", "gold (an option's number, from 0)")
+            raise NanochatError(f"{path}, line {n}: expected a JSON object with {want}") from None
+    return out
+
+# %% ../nbs/06a_core.ipynb #5c1d7e20
+def _listed(folder: Path) -> dict: # label → form, file, examples before a question, delimiter, chance as written
+    "The tasks that a bundle lists."
+    page, table, out = folder / "core.yaml", folder / "eval_meta_data.csv", {}
+    if lack := [p.name for p in (page, table) if not p.is_file()]:
+        raise NanochatError(f"{folder} has no {lack[0]}; name an evaluation bundle")
+    with open(table, encoding="utf-8-sig") as f:
+        percent = {r.get("Eval Task"): r.get("Random baseline") or "" for r in csv.DictReader(f)}
+    for n, t in enumerate(read_yaml(page).get("icl_tasks") or [{}], 1):
+        try: out[t["label"]] = (t["icl_task_type"], t["dataset_uri"], t["num_fewshot"][0],
+                                t.get("continuation_delimiter", " "), percent.get(t["label"], "").strip())
+        except (KeyError, TypeError, IndexError): raise NanochatError(
+            f"{page}, task {n}: expected label, icl_task_type, dataset_uri and num_fewshot, a list") from None
     return out
 
 # %% ../nbs/06a_core.ipynb #2ca2804b
@@ -103,21 +121,18 @@ def read_tasks(
 ) -> list[dict]:            # label, form, shots, delimiter, chance, items, hash
     "The tasks of a bundle."
     folder, out = Path(folder), []
-    if lack := [n for n in ("core.yaml", "eval_meta_data.csv") if not (folder / n).is_file()]:
-        raise NanochatError(f"{folder} has no {lack[0]}; name an evaluation bundle")
-    with open(folder / "eval_meta_data.csv", encoding="utf-8") as f:
-        chance = {r["Eval Task"]: float(r["Random baseline"]) / 100 for r in csv.DictReader(f)}
-    listed = {t["label"]: t for t in read_yaml(folder / "core.yaml")["icl_tasks"]}
+    if max_per_task < 0: raise NanochatError(f"max_per_task={max_per_task}: expected how many, or 0 for all")
+    listed = _listed(folder)
     for label in [s.strip() for s in names.split(",") if s.strip()] or listed:
         if label not in listed: raise NanochatError(f"no task {label!r} in {folder}{did_you_mean(label, listed)}")
-        t = listed[label]
-        if (form := t["icl_task_type"]) not in FORMS:
-            raise NanochatError(f"{folder / 'core.yaml'}: {label} is a {form!r}{did_you_mean(form, FORMS)}")
-        if label not in chance: raise NanochatError(f"{folder / 'eval_meta_data.csv'} has no line for {label}")
-        items = _items(folder / "eval_data" / t["dataset_uri"], form)
+        form, file, shots, delimiter, percent = listed[label]
+        if form not in FORMS: raise NanochatError(f"{folder}/core.yaml: {label} is {form!r}{did_you_mean(form, FORMS)}")
+        if not percent.replace(".", "", 1).isdecimal() or float(percent) >= 100: raise NanochatError(
+            f"{folder / 'eval_meta_data.csv'} has no line for {label} with a Random baseline from 0 to below 100")
+        items = _items(folder / "eval_data" / file, form)
         random.Random(1337).shuffle(items)
-        new = dict(label=label, form=form, shots=t["num_fewshot"][0], delimiter=t.get("continuation_delimiter", " "),
-                   chance=chance[label], items=items[:max_per_task or None])
+        new = dict(label=label, form=form, shots=shots, delimiter=delimiter, chance=float(percent) / 100,
+                   items=items[:max_per_task or None])
         out.append(new | dict(hash=hashlib.sha256(json.dumps(new).encode()).hexdigest()))
     return out
 
@@ -136,7 +151,7 @@ def texts(
     items, d = task["items"], task["delimiter"]
     others, line = [j for j in range(len(items)) if j != i], lambda part: part[0] + d + part[1]
     shots = random.Random(1234 + i).sample(others, min(task["shots"], len(others)))
-    head = "".join(line(_parts(task, items[j])[items[j].get("gold", 0)]) + "\n\n" for j in shots)
+    head = "".join(line(_parts(task, items[j])[int(items[j].get("gold", 0))]) + "\n\n" for j in shots)
     options = _parts(task, items[i])
     bare = [(head + options[0][0] + d).strip()] if task["form"] == "language_modeling" else []
     return bare + [head + line(o) for o in options]
@@ -342,10 +357,10 @@ def examine(base: Path, stage: str, spec: str, tasks: list, done: dict, log: Met
 
 # %% ../nbs/06a_core.ipynb #2245efd8
 def run_core(cfg: CoreSettings) -> dict: # {"settings": …, "runs": {name: `core_of`}}
-    "CORE of one or several checkpoints, into `<base>/report/core.{json,md}`; under torchrun every rank does its share."
-    base, rt = base_folder(cfg.base_dir), init_runtime(cfg.device, cfg.dtype)
+    "CORE of checkpoints, into `<base>/report/core.{json,md}` (json keeps earlier runs); every rank does its share."
+    base, rt, folder = base_folder(cfg.base_dir), init_runtime(cfg.device, cfg.dtype), None
     for turn in (rt.is_main, rt.local_rank == 0, True):
-        if turn: folder = open_bundle(base, cfg.bundle, cfg.bundle_sha256)
+        if turn: folder = folder or open_bundle(base, cfg.bundle, cfg.bundle_sha256)
         barrier()
     tasks, path = read_tasks(folder, cfg.tasks, cfg.max_per_task), base / "report" / "core.jsonl"
     done, log = broadcast_object({r["key"]: r for r in read_metrics(path)}), Metrics(path)
@@ -354,7 +369,8 @@ def run_core(cfg: CoreSettings) -> dict: # {"settings": …, "runs": {name: `cor
     log.close()
     report = dict(settings=asdict(cfg), runs={name: core_of(r) for name, r in rows.items()})
     if rt.is_main:
-        write_json(base / "report" / "core.json", report)
+        old = read_json(p)["runs"] if (p := base / "report" / "core.json").exists() else {}
+        write_json(p, report | dict(runs=old | report["runs"]))
         with atomic_path(base / "report" / "core.md") as tmp: tmp.write_text(core_markdown(report), encoding="utf-8")
     return report
 
@@ -379,14 +395,14 @@ def read_run(
     if not p.is_dir(): raise NanochatError(f"{p} is no folder; name one like …/base_checkpoints/d4, or a base folder")
     p = p if (p / "metrics.jsonl").exists() else find_checkpoint(p, "base")
     base, stage, tag = p.parent.parent.resolve(), p.parent.name.removesuffix("_checkpoints"), p.name
-    record, scores, report = stage_record(base, stage, tag), {}, base / "report" / "report.json"
+    record, scores, cards = stage_record(base, stage, tag), {}, [q / "report.json" for q in (p, base / "report")]
     if not record: raise NanochatError(f"{p / 'metrics.jsonl'} has no training steps; name the folder of a run")
-    if report.exists() and (r := read_json(report))["tag"] == tag:
+    for r in [r for q in cards if q.exists() and (r := read_json(q))["tag"] == tag][:1]:
         for lang, table in r["exams"].get(stage, {}).items():
             scores |= {f"{lang} {k}": [x["acc"], *x["ci95"]] for k, x in exam_rows(table).items()}
     cores = read_json(q)["runs"] if (q := base / "report" / "core.json").exists() else {}
     mine = {int(k.rpartition("@")[2]): c for k, c in cores.items() if k.startswith(f"{stage} {tag}@")}
-    if mine: scores["CORE"] = [(c := mine[max(mine)])["core"], *c["ci95"]]                      # of the last step
+    if mine: scores[f"CORE, {len(c['tasks'])} tasks"] = [(c := mine[max(mine)])["core"], *c["ci95"]]  # of the last step
     return record | dict(name=f"{base.name}/{stage}/{tag}", scores=scores, rows=read_metrics(p / "metrics.jsonl"))
 
 # %% ../nbs/06a_core.ipynb #152de8f9
@@ -404,11 +420,12 @@ def comparison(
         top = lambda x: len(runs) > 1 and all(y is x or y and y[2] < x[1] for y in known)
         text = lambda x: f"{'**' * top(x)}{x[0]:.3f}{'**' * top(x)} ({x[1]:.2f} – {x[2]:.2f})" if x else ""
         out.append([k, *map(text, known)])
-    for l in ("zh", "en"):
-        out.append([f"bits a byte {l}", *(f"{r['bpb'][l]:.4f}" if l in r["bpb"] else "" for r in runs)])
-    for k in ("loss", "tokens", "tokens_per_s", "seconds"): out.append([k, *(f"{r[k]:,.6g}" for r in runs)])
-    out.append(["on", *(f"{r.get('ranks', 1)} × {r.get('hardware') or '?'}" for r in runs)])
-    if price: out.append(["cost", *(f"${r['seconds'] * r.get('ranks', 1) / 3600 * price:,.2f}" for r in runs)])
+    out += [[f"bits a byte {l}", *(f"{r['bpb'][l]:.4f}" if l in r["bpb"] else "" for r in runs)] for l in ("zh", "en")]
+    for k, digits in dict(loss=4, tokens=0, tokens_per_s=0, seconds=0).items():
+        out.append([k, *(f"{r[k]:,.{digits}f}" for r in runs)])
+    cost = [r["seconds"] * r.get("ranks", 0) * price / 3600 for r in runs]            # without a record of ranks: none
+    out.append(["on", *(f"{r['ranks']} × {r.get('hardware') or '?'}" if "ranks" in r else "" for r in runs)])
+    if price: out.append(["cost", *(f"${c:,.2f}" if c else "" for c in cost)])
     return "\n".join(markdown_table(["", *(r["name"] for r in runs)], out)) + "\n"
 
 # %% ../nbs/06a_core.ipynb #02b55b07

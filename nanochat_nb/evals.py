@@ -75,24 +75,26 @@ def mark_choices(
     return [int(s.argmax()) == x["label"] for s, x in zip(by_item, items)]
 
 # %% ../nbs/06_eval.ipynb #144f7a9a
-_NUMBER = re.compile(r"(?:(?<![\w)])-)?\d+(?:,\d{3}(?!\d))*(?:\.\d+)?", re.ASCII)
+_FLAT = str.maketrans("‐‑‒–−㎟㎠㎡㎢㎣㎤㎥㎦⁰¹²³⁴⁵⁶⁷⁸⁹₀₁₂₃₄₅₆₇₈₉¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "-" * 5 + " " * 8 + "^" * 38)
+_NUMBER = re.compile(r"[A-Za-z]+(?:\d\w*(?:[.,]\d+)*)?|\^\{?[-+]?\d*"         # words and powers: none in m2, m^2
+                     r"|((?:(?<![\w)])-)?\d+(?:,\d{3}(?!\d))*(?:\.\d+)?(?:[eE][-+]?\d+|\^\{?[-+]?\d*)?)", re.ASCII)
 
 def plain(text: str) -> str:
-    "Half-width characters, and no space except between two ASCII characters."
-    s = " ".join(unicodedata.normalize("NFKC", text.replace("−", "-")).split())
+    "Half-width characters, and no space except between two ASCII characters; ^ for what is raised or a fraction."
+    s = " ".join(unicodedata.normalize("NFKC", text.translate(_FLAT)).split())           # 12² is not 122
     return re.sub(r"(?<![!-~]) | (?![!-~])", "", s)
 
 def is_right(
     said: str,    # what the model answered
     answer: str,  # what was expected: digits, a letter of ABCDE, or text
 ) -> bool:
-    "The last number said, the letter it begins with, or the whole text, up to width and spaces."
+    "The last number said, the letter it begins with if no other is named, or the whole text up to width and spaces."
     if re.fullmatch(r"-?\d+(\.\d+)?", answer, re.ASCII):
-        numbers = _NUMBER.findall(plain(said.replace("，", "； ")))  # 3，205 is two numbers, 3,205 is one
-        return bool(numbers) and Decimal(numbers[-1].replace(",", "")) == Decimal(answer)
+        last = ["^", *filter(None, _NUMBER.findall(plain(said.replace("，", "； "))))][-1]   # 3，205 is two numbers
+        return not set("eE^") & set(last) and Decimal(last.replace(",", "")) == Decimal(answer)
     said, answer = plain(said), plain(answer)
-    if answer in tuple("ABCDE"): return bool(re.match(rf"\W*{answer}(?![A-Za-z]| [a-z])", said))
-    return said == answer
+    if answer not in tuple("ABCDE"): return said == answer
+    return bool(re.match(rf"\W*{answer}(?![A-Za-z]| [a-z])(?!.*(?a:\b(?!{answer})[A-E]\b))", said))
 
 # %% ../nbs/06_eval.ipynb #234668ca
 MAX_TOKENS = {"mcq": 4, "arithmetic": 64, "spelling": 56, "translation": 56}  # of an answer
@@ -124,7 +126,7 @@ def wilson(
 def chance(
     items: list[dict],  # one exam
 ) -> float:
-    "What the best answer that ignores the question scores: one of the choices, or the commonest answer."
+    "What guessing scores: any one of the choices, all alike, or always the commonest answer of an open exam."
     if not items: return 0.0
     if "choices" in items[0]: return sum(1 / len(x["choices"]) for x in items) / len(items)
     if "test" in items[0]: return 0.0                                    # programs
@@ -151,16 +153,23 @@ def run_exam(
     return _row(mark_choices(engine, items), items) | dict(letter=row) if "choices" in items[0] else row
 
 # %% ../nbs/06_eval.ipynb #038a1b66
+def _sit(engine: Engine, name: str, items: list[dict], kind: str = "") -> dict:
+    "Row of the questions that fit the context, and too_long, how many do not; empty if none can be sat, and said so."
+    if "test" in items[0] and (why := no_limits()): return print(f"{name}: {why}") or {}
+    asked = [x for x in items if len(engine.tok.render_prompt(x["messages"])) + 4 <= engine.seq_len]
+    if asked: return run_exam(engine, asked, kind) | dict(too_long=len(items) - len(asked))
+    return print(f"{name}: none of {len(items)} questions fits a context of {engine.seq_len} tokens") or {}
+
 def exam_table(
     engine: Engine,
     world: World,   # the world of the training text
     n: int = 200,   # questions of each kind and language, if there are so many
     seed: int = 0,  # another seed: other questions
-) -> dict:          # {"zh": {kind: row}, "en": {kind: row}}, rows as of `run_exam`
+) -> dict:          # {"zh": {kind: row}, "en": {kind: row}}, rows as of `run_exam`; too_long: left out
     "All exams in both languages."
     out = {"zh": {}, "en": {}}
     for lang, kind in tqdm([(l, k) for l in out for k in EXAMS], desc="exams", leave=False, disable=None):
-        out[lang][kind] = run_exam(engine, exam(world, lang, kind, n, seed), kind)
+        if row := _sit(engine, f"{lang} {kind}", exam(world, lang, kind, n, seed), kind): out[lang][kind] = row
     return out
 
 # %% ../nbs/06_eval.ipynb #8830d78a
@@ -228,9 +237,9 @@ def stage_record(
     base: Path,
     stage: str,  # base, mid, sft or rl
     tag: str,
-) -> dict:       # empty if the stage left no metrics; else settings, steps, tokens, seconds, tokens_per_s, loss, bpb, …
+) -> dict:       # empty if the stage left no metrics; else settings, steps, tokens, seconds, …; ranks if they are known
     "What a training stage left behind."
-    folder, wall = base / f"{stage}_checkpoints" / tag, base / "report" / f"{STAGES[stage]}.json"
+    folder, name = base / f"{stage}_checkpoints" / tag, STAGES[stage]
     rows = read_metrics(folder / "metrics.jsonl")
     steps = [r for r in rows if "tok_per_s" in r]
     if not steps: return {}
@@ -238,8 +247,10 @@ def stage_record(
     out |= {k: steps[-1][k] for k in ("tokens", "seconds", "loss")}
     out |= dict(steps=steps[-1]["step"] + 1, tokens_per_s=sorted(r["tok_per_s"] for r in steps)[len(steps) // 2])
     out["bpb"] = {l: r[k] for r in rows for l in ("zh", "en") if r.get(k := f"bpb_{l}") is not None}
-    if wall.exists() and (w := read_json(wall)).get("settings", {}).get("tag") == tag:
-        out |= dict(ranks=w.get("ranks", 1), seconds=max(w["seconds"], out["seconds"]), hardware=w.get("hardware", ""))
+    for p in (folder / "report.json", base / "report" / f"{name}.json"):  # the run's own card; the last run's record
+        w = (w := read_json(p) if p.exists() else {}).get("stages", {name: w}).get(name, {})
+        if w.get("settings", {}).get("tag") == tag and w.get("loss", out["loss"]) == out["loss"]:
+            out |= {k: w[k] for k in ("ranks", "hardware") if k in w} | dict(seconds=max(w["seconds"], out["seconds"]))
     return out | {"samples": r["samples"] for r in rows if "samples" in r}
 
 # %% ../nbs/06_eval.ipynb #4cc662fa
@@ -293,13 +304,8 @@ def sit_tasks(
     exams: dict,  # name → items, of `tasks.exam_items`
 ) -> dict:        # name → row as of `run_exam`; too_long: left out; subjects and subject_mean where there are any
     "Sit the public exams; one that cannot be marked on this system is left out, and said so."
-    out, room = {}, engine.seq_len
-    for name, items in tqdm(exams.items(), desc="tasks", leave=False, disable=None):
-        if "test" in items[0] and (why := no_limits()): print(f"{name}: {why}"); continue
-        asked = [x for x in items if len(engine.tok.render_prompt(x["messages"])) + 4 <= room]
-        if asked: out[name] = run_exam(engine, asked, "") | dict(too_long=len(items) - len(asked))
-        else: print(f"{name}: none of {len(items)} questions fits a context of {room} tokens")
-    return out
+    bar = tqdm(exams.items(), desc="tasks", leave=False, disable=None)
+    return {name: row for name, items in bar if (row := _sit(engine, name, items))}
 
 # %% ../nbs/06_eval.ipynb #bae5324b
 def _task_lines(r: dict) -> list[str]:
@@ -321,7 +327,7 @@ def _stage_lines(r: dict) -> list[str]:
         x = r["stages"][k]
         bpb = " / ".join(f"{x['bpb'][l]:.3f}" for l in ("zh", "en") if l in x.get("bpb", {}))
         trained = [f"{x['tokens']:,}", f"{x['tokens_per_s']:,.0f}", bpb] if "tokens" in x else [""] * 3
-        cost = s * x.get("ranks", 1) * r.get("price", 0) / 3600
+        cost = s * x.get("ranks", 0 if "tokens" in x else 1) * r.get("price", 0) / 3600   # of unknown ranks: none
         on = f"{x.get('ranks', 1)} × {x['hardware']}" if x.get("hardware") else ""
         rows.append([k, f"{s:.1f}", *trained, f"${cost:,.2f}" if cost else "", on])
     return markdown_table(["stage", "seconds", "tokens", "tokens/s", "bits a byte zh / en", "cost", "on"], rows)
@@ -373,7 +379,7 @@ def plot_exam(
 def plot_stages(r: dict):
     "Seconds of every stage."
     import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(5, 0.4 + 0.3 * len(r["seconds"])))
+    fig, ax = plt.subplots(figsize=(5, max(1.3, 0.4 + 0.3 * len(r["seconds"]))))
     ax.bar_label(ax.barh([*r["seconds"]], [*r["seconds"].values()]), fmt="{:,.0f} s", padding=2, fontsize=8)
     ax.invert_yaxis(); ax.margins(x=.15); ax.set_xlabel("seconds")
     fig.tight_layout(); plt.close(fig)
@@ -383,22 +389,22 @@ def write_report(
     base: Path,
     r: dict,       # of `build_report`
 ):
-    "`<base>/report/report.{json,md}`, and the pictures that the page shows."
+    "`<base>/report/report.{json,md}`, the pictures of the page, and a report.json in the folder of each run examined."
     curves = {s: read_metrics(base / f"{s}_checkpoints" / r["tag"] / "metrics.jsonl") for s in STAGES}
     figures = {"exams.png": plot_exam(r), "stages.png": plot_stages(r)}
     figures |= {f"{s}_curves.png": plot_metrics(rows, f"{s} {r['tag']}") for s, rows in curves.items() if rows}
     page = report_markdown(r, [*figures])
     for name, fig in figures.items():
         with atomic_path(base / "report" / name) as tmp: fig.savefig(tmp, format="png", dpi=120)
-    write_json(base / "report" / "report.json", r)
+    for p in [f"{s}_checkpoints/{r['tag']}" for s in r["exams"]] + ["report"]: write_json(base / p / "report.json", r)
     with atomic_path(base / "report" / "report.md") as tmp: tmp.write_text(page, encoding="utf-8")
 
 # %% ../nbs/06_eval.ipynb #ef9d06a6
 def evaluate(cfg: EvalSettings) -> dict: # the report
     "Examine a run's stages and write the report card into `<base>/report`."
     start, base = time.time(), base_folder(cfg.base_dir)
-    if cfg.n_questions < (0 if cfg.tasks else 1):
-        raise NanochatError(f"n_questions={cfg.n_questions}: expected 200, say, or 0 beside tasks")
+    for k, lo in dict(n_questions=0 if cfg.tasks else 1, task_questions=0, price=0).items():
+        if (v := getattr(cfg, k)) < lo: raise NanochatError(f"{k}={v}: expected {lo} or more{', 0 beside tasks' * lo}")
     wanted = [s.strip() for s in cfg.stages.split(",") if s.strip()]
     found = [p / "latest" for s in wanted for p in checkpoints(base, s, cfg.tag)]
     if not wanted: raise NanochatError(f"stages={cfg.stages!r} names none of {', '.join(STAGES)}")

@@ -8,17 +8,19 @@ __all__ = ['CHAT_TEMPLATE', 'NO_CODE', 'OWN_CODE', 'CARD', 'DTYPES', 'MODELING',
            'usual_settings', 'run_import', 'main', 'flags']
 
 # %% ../nbs/09_export.ipynb #8f34f247
-import importlib.util, shutil, sys
+import importlib.util, secrets, shutil, sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from .settings import NanochatError, base_folder, did_you_mean, read_json, run_main, write_json
+from .settings import (NanochatError, base_folder, did_you_mean, make_settings, read_json, run_main,
+                                  write_json)
 from .tokenizer import Tokenizer
 from .model import GPT, GPTConfig, HF_NAMES, count_params, from_hf, to_hf
 from .checkpoint import check_same_tokenizer, latest_step, save_checkpoint
-from .evals import find_checkpoint, load_model
+from .engine import Engine
+from .evals import STAGES, find_checkpoint, load_model
 from .pretrain import PretrainSettings, fill
 
 # %% ../nbs/09_export.ipynb #fb0913c7
@@ -42,7 +44,7 @@ def tokenizer_config(
 # %% ../nbs/09_export.ipynb #4c2d764c
 def model_card(
     meta: dict,    # of the checkpoint
-    stage: str,    # base, mid, sft or rl
+    stage: str,    # base, mid, sft or rl; empty: not said
     params: int,
 ) -> str:          # README.md
     "A model card in Chinese and English."
@@ -51,7 +53,7 @@ def model_card(
             ("词表 · vocabulary", f"{c['vocab_size']:,}"), ("上下文 · context", f"{c['seq_len']:,}"),
             ("阶段 · stage", stage), ("步 · step", meta.get("step")), ("语料 · text", s.get("source")),
             ("对话 · conversations", s.get("conversations"))]
-    table = "\n".join(f"| {k} | {v} |" for k, v in rows if v is not None)
+    table = "\n".join(f"| {k} | {v} |" for k, v in rows if v not in (None, ""))
     own = c["arch"] != "classic"
     return CARD.format(table=table, code=OWN_CODE if own else NO_CODE, trust=", trust_remote_code=True" * own)
 
@@ -123,33 +125,34 @@ def export_hf(
     tokenizer: Tokenizer,
     out: str | Path,           # the folder to make
     meta: dict = {},           # of the checkpoint, for the card
-    stage: str = "sft",
+    stage: str = "",           # base, mid, sft or rl, for the card
     dtype: str = "float32",    # of the weights; float32 is exact
 ) -> Path:
     "Write a folder that transformers loads: classic as NanoChatForCausalLM, others by the code of chapter 09a."
     out = Path(out).expanduser().absolute()
     if dtype not in DTYPES: raise NanochatError(f"unknown dtype {dtype!r}{did_you_mean(dtype, DTYPES)}")
-    if out.exists() and (out.samefile(".") or any(out.iterdir() if out.is_dir() else [out])):
-        raise NanochatError(f"{out} is not empty, or is where you stand; name a new folder")
-    state, config = to_hf(model) if model.cfg.arch == "classic" else own_form(model)
-    state = {k: v.to("cpu", DTYPES[dtype]).contiguous() for k, v in state.items()}
-    card = model_card(meta | dict(config=asdict(model.cfg)), stage, count_params(model.cfg)["total"])
-    tmp = out.with_name(f".{out.name}.tmp")
-    _write(tmp, state, config | dict(dtype=dtype), tokenizer, card)
-    if out.exists(): out.rmdir()
-    return tmp.rename(out)
+    Engine(model, tokenizer)   # says so where their sizes differ
+    tmp = out.parent/f".{out.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        if out.exists() and (out.samefile(".") or any(out.iterdir() if out.is_dir() else [out])):
+            raise NanochatError(f"{out} is not empty, or is where you stand; name a new folder")
+        state, config = to_hf(model) if model.cfg.arch == "classic" else own_form(model)
+        card = model_card(meta | dict(config=asdict(model.cfg)), stage, count_params(model.cfg)["total"])
+        _write(tmp, state, config | dict(dtype=dtype), tokenizer, card)
+        if out.exists(): out.rmdir()
+        return tmp.rename(out)
+    except (OSError, SafetensorError) as e:
+        raise NanochatError(f"cannot write {out}: {e}; free disk space or choose another folder") from None
+    finally: shutil.rmtree(tmp, ignore_errors=True)
 
 # %% ../nbs/09_export.ipynb #a6b4a193
 def _write(folder: Path, state: dict, config: dict, tokenizer: Tokenizer, card: str):
     "The files of an exported model."
     end = tokenizer.special("assistant_end")
     ends = dict(bos_token_id=tokenizer.bos_id, eos_token_id=end, pad_token_id=end)
-    shutil.rmtree(folder, ignore_errors=True)
+    state = {k: v.to("cpu", DTYPES[config["dtype"]]).contiguous() for k, v in state.items()}
     folder.mkdir(parents=True)
-    try: save_file(state, folder/"model.safetensors", metadata={"format": "pt"})
-    except (OSError, SafetensorError) as e:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise NanochatError(f"cannot write {folder}: {e}; free disk space or choose another folder") from None
+    save_file(state, folder/"model.safetensors", metadata={"format": "pt"})
     write_json(folder/"config.json", config | ends)
     if "auto_map" in config: shutil.copy(MODELING, folder/"modeling_nanochat_nb.py")
     write_json(folder/"generation_config.json", ends | dict(max_new_tokens=256, do_sample=False))
@@ -173,7 +176,8 @@ def _like_ours(config: dict, path: Path):
 # %% ../nbs/09_export.ipynb #9a56e3e4
 def from_own(state: dict, config: dict) -> GPT:
     "The model of what `own_form` gave."
-    model = GPT(GPTConfig(**{f.name: config[OWN_NAMES.get(f.name, f.name)] for f in fields(GPTConfig)}))
+    values = {f.name: config[OWN_NAMES.get(f.name, f.name)] for f in fields(GPTConfig)}
+    model = GPT(make_settings(GPTConfig, values, "config.json"))
     model.load_state_dict(state)
     return model
 
@@ -182,23 +186,24 @@ def load_hf(
     folder: str | Path,       # holds config.json, *.safetensors, tokenizer.json
 ) -> tuple[GPT, Tokenizer]:
     "A model of transformers' form, e.g. a published one, and its tokenizer."
-    folder = Path(folder)
-    config = read_json(folder/"config.json")
-    own = config.get("model_type") == "nanochat-nb"
-    if not own: _like_ours(config, folder/"config.json")
+    folder, state = Path(folder), {}
     index = folder/"model.safetensors.index.json"
-    files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
-    state = {}
-    for name in files:
-        try: state |= load_file(folder/name)
-        except (OSError, SafetensorError) as e: raise NanochatError(f"{folder/name} cannot be read: {e}") from None
-    config |= dict(num_key_value_heads=config.get("num_key_value_heads") or config["num_attention_heads"])
-    try: model = (from_own if own else from_hf)({k: v.float() for k, v in state.items()}, config).eval()
-    except (KeyError, RuntimeError) as e:
-        raise NanochatError(f"{folder}: config.json and the weights disagree: {e}") from None
-    try: spec = (folder/"tokenizer.json").read_text(encoding="utf-8")
-    except OSError as e: raise NanochatError(f"{folder/'tokenizer.json'} cannot be read: {e}") from None
-    return model, Tokenizer(spec)
+    try:
+        config = read_json(file := folder/"config.json")
+        own = config.get("model_type") == "nanochat-nb"
+        if not own: _like_ours(config, file)
+        names = set(read_json(index)["weight_map"].values()) if index.exists() else ["model.safetensors"]
+        for file in sorted(folder/n for n in names): state |= load_file(file)
+        bad = [k for k, v in state.items() if not (v.is_floating_point() and v.float().isfinite().all())]
+        if bad: raise NanochatError(f"{folder}: {bad[0]} is not all finite floating-point numbers; fetch it again")
+        config |= dict(num_key_value_heads=config.get("num_key_value_heads") or config["num_attention_heads"])
+        model = (from_own if own else from_hf)({k: v.float() for k, v in state.items()}, config).eval()
+    except (OSError, SafetensorError) as e: raise NanochatError(f"{file} cannot be read: {e}") from None
+    except (AttributeError, KeyError, TypeError, RuntimeError) as e:
+        raise NanochatError(f"{folder}: config.json and the weights disagree or are damaged: {e!r}") from None
+    file = folder/"tokenizer.json"
+    try: return model, Engine(model, Tokenizer(file.read_text(encoding="utf-8"))).tok      # of one size
+    except Exception as e: raise NanochatError(f"{file} cannot be used: {e}") from None
 
 # %% ../nbs/09_export.ipynb #c7b07d9a
 @dataclass
@@ -234,10 +239,12 @@ def usual_settings(depth: int, stage: str) -> dict:
 # %% ../nbs/09_export.ipynb #dd2e47e5
 def run_import(cfg: ExportSettings) -> Path:
     "Read a published model as a checkpoint."
+    stage = cfg.stage or "sft"
+    if cfg.out: raise NanochatError(f"out={cfg.out!r}: an import writes a checkpoint into --base_dir; leave OUT away")
+    if stage not in STAGES: raise NanochatError(f"unknown stage {stage!r}{did_you_mean(stage, STAGES)}")
     model, tok = load_hf(cfg.source)
     base, tag = base_folder(cfg.base_dir), cfg.tag or f"d{model.cfg.n_layer}"
-    stage, there = cfg.stage or "sft", base/"tokenizer"
-    folder = base/f"{stage}_checkpoints"/tag
+    there, folder = base/"tokenizer", base/f"{stage}_checkpoints"/tag
     if latest_step(folder) is not None: raise NanochatError(f"{folder} holds a checkpoint; choose another --tag")
     if (there/"tokenizer.json").exists() and Tokenizer.load(there).hash != tok.hash:
         raise NanochatError(f"{there} is another tokenizer than that of {cfg.source}; choose another --base_dir")
@@ -246,6 +253,7 @@ def run_import(cfg: ExportSettings) -> Path:
     save_checkpoint(folder, 0, model, meta=meta)
     return folder
 
+# %% ../nbs/09_export.ipynb #dd2e47e6
 def main(cfg: ExportSettings):
     "Export, or import with `source`."
     print(run_import(cfg) if cfg.source else run_export(cfg))

@@ -116,8 +116,9 @@ def check_state(made_from: dict, state: dict):
     "A state made from other data or settings is an error that names the first difference."
     for k, v in made_from.items():
         if state.get(k) != v:
+            same = "text_share" if k == "kind" else k       # 0 of it is a loader of conversations alone
             raise NanochatError(f"the saved loader state was made with {k}={state.get(k)!r}, this loader has {v!r}; "
-                                f"use the same {k}, or start a run under another tag")
+                                f"use the same {same}, or start a run under another tag")
 
 # %% ../nbs/01a_loader.ipynb #c28c2657
 def fingerprint(things) -> str:
@@ -411,7 +412,7 @@ class MixLoader:
     def __next__(self): return tuple(torch.cat(pair) for pair in zip(next(self.chat), next(self.text)))
     def state_dict(self): return dict(text=self.text.state_dict(), chat=self.chat.state_dict())
     def load_state_dict(self, state):
-        for k in ("text", "chat"): getattr(self, k).load_state_dict(state[k])
+        for k in ("text", "chat"): getattr(self, k).load_state_dict(state.get(k, {}))
     def __getattr__(self, name):
         if name in ("tokens_seen", "last_ms"): return getattr(self.text, name) + getattr(self.chat, name)
         if name in ("epoch", "n_cut", "n_dropped"): return getattr(self.chat, name)

@@ -8,7 +8,7 @@ __all__ = ['ARCHS', 'HF_NAMES', 'GPTConfig', 'config_from_depth', 'norm', 'rope_
            'scaling_params', 'flops_per_token', 'memory_bytes', 'ModelSettings', 'model_report', 'main']
 
 # %% ../nbs/02_model.ipynb #a8e1cacb
-import copy, json, math
+import contextlib, copy, json, math
 from dataclasses import asdict, dataclass
 import torch, torch.nn.functional as F
 from fastcore.basics import patch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from .settings import NanochatError, did_you_mean, run_main
 from .kernels import (blend, causal_attention, chunk_mask, fp8_linear, linear_loss, loss_slice, relu_square,
-                                 rotary_qkv)
+                                 rotary_qkv, weights_fp8)
 
 # %% ../nbs/02_model.ipynb #da8deea0
 ARCHS = {"classic": {},  # named forms of the model: what differs from the defaults below
@@ -98,20 +98,23 @@ def rope_table(
 # %% ../nbs/02_model.ipynb #9e3a7fd1
 class Linear(nn.Linear):
     "A matrix without bias whose values come from `GPT.init_weights` alone."
+    fp8, low = 0, ()   # largest |x| expected, if its product is to be in eight bits; weights that are so already
     def __init__(self, n_in: int, n_out: int): super().__init__(n_in, n_out, bias=False)
     def reset_parameters(self): pass
 
 def apply_linears(
     x: Tensor,            # (N, C)
     *layers: nn.Module,   # matrices (M, C) each
-    fp8: float = 0,       # largest |x| expected, if the product is to be in eight bits
+    square: bool = False, # of ReLU²(x) instead
 ) -> Tensor:              # (N, sum of M)
     "x through several matrices: one product while training; otherwise each by itself (the engine puts copies there)."
-    if not torch.is_grad_enabled():
+    first, training = layers[0], torch.is_grad_enabled()
+    if square and not (training and first.fp8): x = relu_square(x)
+    if not training:
         y = [f(x) for f in layers if f is not None]
         return torch.cat(y, -1) if len(y) > 1 else y[0]
-    w = torch.cat([f.weight for f in layers]) if len(layers) > 1 else layers[0].weight
-    return fp8_linear(x, w, fp8) if fp8 else F.linear(x, w)
+    w = torch.cat([f.weight for f in layers]) if len(layers) > 1 else first.weight
+    return fp8_linear(x, w, first.fp8, square, first.low) if first.fp8 else F.linear(x, w)
 
 # %% ../nbs/02_model.ipynb #ab14615e
 def attention(
@@ -129,7 +132,7 @@ class Attention(nn.Module):
     def __init__(self, cfg: GPTConfig, layer: int):
         super().__init__()
         self.layer, self.n_head, self.head_dim = layer, cfg.n_head, cfg.head_dim
-        self.chunk, self.scale, self.fp8 = cfg.layer_chunk(layer), cfg.attn_gain / cfg.head_dim**0.5, 0
+        self.chunk, self.scale = cfg.layer_chunk(layer), cfg.attn_gain / cfg.head_dim**0.5
         kv = cfg.n_kv_head * cfg.head_dim
         self.q, self.k, self.v = Linear(cfg.n_embd, cfg.n_embd), Linear(cfg.n_embd, kv), Linear(cfg.n_embd, kv)
         self.o = Linear(cfg.n_embd, cfg.n_embd)
@@ -137,8 +140,9 @@ class Attention(nn.Module):
 
     def project(self, x, ve, cos, sin):
         "Queries, keys and values (B, T, heads, D)."
-        qkv = apply_linears(x.flatten(0, -2), self.q, self.k, self.v, fp8=self.fp8)
-        q, k, v = rotary_qkv(qkv.view(*x.shape[:-1], -1, self.head_dim), cos, sin, self.n_head, bool(self.fp8))
+        qkv = apply_linears(x.flatten(0, -2), self.q, self.k, self.v)
+        low = torch.is_grad_enabled() and self.q.fp8 > 0
+        q, k, v = rotary_qkv(qkv.view(*x.shape[:-1], -1, self.head_dim), cos, sin, self.n_head, low)
         if ve is not None:
             gate = 2 * torch.sigmoid(self.gate(x[..., :16].contiguous()))  # (B, T, K); a copy, or all of x is written
             v = v + gate[..., None] * ve.view_as(v).to(v.dtype)
@@ -157,13 +161,10 @@ class MLP(nn.Module):
     "Two matrices with ReLU² between them, four times as wide inside (So et al. 2021)."
     def __init__(self, cfg: GPTConfig):
         super().__init__()
-        self.fc, self.proj, self.fp8 = Linear(cfg.n_embd, 4 * cfg.n_embd), Linear(4 * cfg.n_embd, cfg.n_embd), (0, 0)
+        self.fc, self.proj = Linear(cfg.n_embd, 4 * cfg.n_embd), Linear(4 * cfg.n_embd, cfg.n_embd)
 
     def forward(self, x):
-        h = apply_linears(x.flatten(0, -2), self.fc, fp8=self.fp8[0])
-        if self.fp8[1] and torch.is_grad_enabled(): y = fp8_linear(h, self.proj.weight, self.fp8[1], square=True)
-        else: y = self.proj(relu_square(h))
-        return y.view_as(x)
+        return apply_linears(apply_linears(x.flatten(0, -2), self.fc), self.proj, square=True).view_as(x)
 
 # %% ../nbs/02_model.ipynb #9b319ede
 class Block(nn.Module):
@@ -234,11 +235,22 @@ def use_fp8(self: GPT) -> GPT:
     if odd := [f"{k}={v}" for k in ("n_embd", "vocab_size") if (v := getattr(self.cfg, k)) % 16]:
         raise NanochatError(f"fp8 needs multiples of 16, not {' and '.join(odd)}; change that or leave fp8 off")
     width = math.sqrt(self.cfg.n_embd)        # no number after RMSNorm is larger
-    for m in self.modules():
-        if isinstance(m, Attention): m.fp8 = width
-        if isinstance(m, MLP): m.fp8 = width, 1792.0
+    for b in self.blocks: b.attn.q.fp8, b.mlp.fc.fp8, b.mlp.proj.fp8 = width, width, 1792.0
     self.fp8 = True
     return self
+
+# %% ../nbs/02_model.ipynb #9e57f582
+@patch
+@contextlib.contextmanager
+def rounded(self: GPT):
+    "Inside, products in eight bits share one copy of the weights, made now; outside, each product makes its own."
+    together = [g for b in self.blocks for g in ((b.attn.q, b.attn.k, b.attn.v), (b.mlp.fc,), (b.mlp.proj,))]
+    try:
+        with torch.no_grad():
+            for g in (*together, (self.head,)): g[0].low = weights_fp8(*(f.weight for f in g))
+        yield
+    finally:
+        for g in (*together, (self.head,)): g[0].low = ()
 
 # %% ../nbs/02_model.ipynb #82871aa5
 @patch
@@ -305,7 +317,9 @@ def forward(self: GPT,
     if targets is None: return self.logits(x)
     x, y, rows = x.flatten(0, 1), targets.flatten(), max(1, self.loss_chunk // self.cfg.vocab_size)
     if reduction == "none": return self.token_loss(x, y).view(targets.shape)
-    if torch.is_grad_enabled(): total = linear_loss(x, self.head.weight, y, 15.0, rows, self.fp8, self.loss_slice)
+    if torch.is_grad_enabled():
+        low = (self.head.low or weights_fp8(self.head.weight)) if self.fp8 else ()
+        total = linear_loss(x, self.head.weight, y, 15.0, rows, low, self.loss_slice)
     else: total = self.token_loss(x, y).sum()
     return total if reduction == "sum" else total / (y >= 0).sum().clamp(min=1)
 

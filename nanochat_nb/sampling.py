@@ -33,24 +33,24 @@ def gumbel(
 @torch.compiler.disable              # a sort and a running sum gain nothing by it, and some compilers fail on them
 def cut(
     x: Tensor,                       # (B, V) scores, divided by the temperature
-    top_k: Tensor | None = None,     # (B,) how many tokens stay
+    top_k: Tensor | None = None,     # (B,) how many tokens stay, and those that tie with the last of them
     top_p: Tensor | None = None,     # (B,) probability that the tokens that stay hold between them, at least
 ) -> Tensor:                         # (B, V), minus infinity outside
-    "The k likeliest tokens, and of these the smallest set that holds top_p of their probability."
+    "The k likeliest tokens, and of these the smallest set that holds top_p of their probability; the first always."
     s, rank = x.sort(-1, descending=True).values, torch.arange(x.size(-1), device=x.device)
-    if top_k is not None: s = s.masked_fill(rank >= top_k[:, None], -torch.inf)
+    if top_k is not None: s = s.masked_fill(rank >= top_k.clamp(min=1)[:, None], -torch.inf)
     if top_p is not None:
         p = s.softmax(-1)
-        s = s.masked_fill((p.cumsum(-1) - p >= top_p[:, None]) & (top_p < 1)[:, None], -torch.inf)
+        s = s.masked_fill((p.cumsum(-1) - p >= top_p[:, None]) & (rank > 0) & (top_p < 1)[:, None], -torch.inf)
     least = s.masked_fill(s == -torch.inf, torch.inf).amin(-1, keepdim=True)
     return x.masked_fill(x < least, -torch.inf)
 
 # %% ../nbs/05a_sampling.ipynb #cbfce7cb
 def sample(
     logits: Tensor,        # (B, V) scores
-    temperature=1.0,       # 0: the likeliest token; a number, or one a row
-    top_k=None,            # keep the k likeliest tokens only; likewise
-    top_p=None,            # keep the likeliest tokens up to this probability; likewise
+    temperature=1.0,       # 0, less or NaN: the likeliest token; a number, or one a row
+    top_k=None,            # keep the k likeliest tokens only, at least one; likewise
+    top_p=None,            # keep the likeliest tokens up to this probability, at least one; likewise
     seed: Tensor = None,   # (B,) int64; unused when greedy
     t: Tensor = None,      # (B,) int64, tokens drawn before
 ) -> Tensor:               # (B,) token ids

@@ -67,6 +67,7 @@ def read_json(path: str | Path):
     "Read a JSON file; a missing or broken one is an error that names it."
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError: raise NanochatError(f"{path} does not exist") from None
+    except OSError as e: raise NanochatError(f"{path} cannot be read: {e.strerror}") from None
     except ValueError as e:
         raise NanochatError(f"{path} is not valid JSON ({e}); delete it and make it again") from None
 
@@ -135,6 +136,7 @@ def read_yaml(path: str | Path) -> dict:
     "A flat YAML file of settings."
     try: d = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError: raise NanochatError(f"settings file {path} does not exist") from None
+    except OSError as e: raise NanochatError(f"settings file {path} cannot be read: {e.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise NanochatError(f"settings file {path} is not valid YAML: {e}") from None
     if d is None: return {}

@@ -21,7 +21,8 @@ from .runtime import close_runtime, hardware, init_runtime, print0
 from .checkpoint import check_same_tokenizer
 from .engine import Engine
 from .evals import STAGES, find_checkpoint, load_model, world_of
-from .pretrain import TrainSettings, Trainer, artefacts, evaluator, last_values, launch_training
+from .pretrain import (TrainSettings, Trainer, artefacts, check_numbers, evaluator, last_values,
+                                  launch_training)
 
 # %% ../nbs/04_sft.ipynb #12f3a466
 @dataclass
@@ -62,7 +63,7 @@ def gather(cfg: SFTSettings) -> list[dict]: # {"messages"}
             sets.append(world_conversations(world, n, seed=seed, kind=name[6:]))
         elif name in TASKS or name in known or name.endswith((".yaml", ".yml")):
             sets.append(conversations(name, some, seed, keys, **at))
-        elif Path(name).is_file(): sets.append(unexamined(name, read_conversations(name), keys))
+        elif (p := Path(name).expanduser()).is_file(): sets.append(unexamined(name, read_conversations(p), keys))
         else: raise NanochatError(f"conversations: {name!r} is no file; expected {', '.join(known)} or JSONL files, "
                                   f"separated by commas{did_you_mean(name, known)}")
     return [c for rows, n in zip(sets, mix_counts(parts, list(map(len, sets)))) for c in take(rows, n)]
@@ -89,9 +90,8 @@ def mixture(cfg: SFTSettings, rt, tok, data: Path, seq_len: int, rows: int) -> t
 def start_from(cfg: SFTSettings) -> Path:
     "The checkpoints that this stage begins with; settings that cannot work are errors."
     if cfg.stage not in ("mid", "sft"): raise NanochatError(f"stage={cfg.stage!r}: expected mid or sft")
-    if cfg.depth < 1: raise NanochatError(f"depth={cfg.depth}: expected the depth of a pretrained model, at least 1")
-    if cfg.num_iterations < 0 or not cfg.num_iterations and cfg.epochs <= 0:
-        raise NanochatError(f"num_iterations={cfg.num_iterations}, epochs={cfg.epochs}: expected one of them above 0")
+    check_numbers(cfg)
+    if not cfg.num_iterations + cfg.epochs: raise NanochatError("num_iterations=0, epochs=0.0: expected one above 0")
     earlier, tag = list(STAGES)[:list(STAGES).index(cfg.stage)], cfg.tag or f"d{cfg.depth}"
     if cfg.init and cfg.init not in earlier:
         raise NanochatError(f"init={cfg.init!r}: {cfg.stage} starts from {' or '.join(earlier)}")
@@ -146,8 +146,9 @@ def train(cfg: SFTSettings) -> dict: # the last values of everything measured
                 tokens, evaluator(cfg, rt, tok, model, data), chat_sampler(rt, tok, model, chat.conversations))
     out, state = t.fit(), t.loader.state_dict()                 # of the batches used, not of those made ahead
     lost = {k: state.get("chat", state)[k] for k in ("n_cut", "n_dropped")}
-    if any(lost.values()): print0(f"of {len(chat.conversations):,} conversations {lost['n_cut']:,} were cut to "
-                                  f"seq_len={seq_len}, {lost['n_dropped']:,} left out")
+    read = min(state.get("chat", state)["place"], len(chat.conversations))
+    if any(lost.values()): print0(f"of {read:,} conversations read {lost['n_cut']:,} were cut to seq_len={seq_len}, "
+                                  f"{lost['n_dropped']:,} left out")
     report = dict(settings=asdict(cfg), seconds=time.time() - begun, ranks=rt.world_size, hardware=hardware(),
                   start=str(start), **lost)
     if rt.is_main: write_json(base / "report" / f"{cfg.stage}.json", report)

@@ -31,7 +31,8 @@ def choice_item(
     lang: str = "en",
     subject: str = "",   # kept if there is one
 ) -> dict:               # as `world.exam`, kind mcq
-    "A choice question as an exam asks it."
+    "A choice question as an exam asks it; a label that is none of the choices is a ValueError."
+    if not 0 <= label < len(choices): raise ValueError(f"answer {label} is none of {len(choices)} choices")
     letters = "ABCDE"[:len(choices)]
     listed = [f"{x}. {c}" for x, c in zip(letters, choices)]
     return {"messages": _user("\n".join([question, *listed, LETTER_PLEASE[lang]])), "answer": letters[label],
@@ -49,7 +50,7 @@ def from_mmlu(r: dict) -> dict:
 def from_abcd(r: dict) -> dict:
     "C-Eval (Huang et al. 2023) and CMMLU (Li et al. 2023): a column a letter, the subject from the file's name."
     r = {k.lower(): v for k, v in r.items()}
-    return choice_item(r["question"], [r[x] for x in "abcd"], "ABCD".index(r["answer"]), "zh", r["subject"])
+    return choice_item(r["question"], [r[x] for x in "abcd"], list("ABCD").index(r["answer"]), "zh", r["subject"])
 
 # %% ../nbs/03a_tasks.ipynb #8dcf3b3b
 def tool_parts(text: str) -> list[dict]: # typed parts of an assistant's message
@@ -229,6 +230,7 @@ def load(
     base_dir: str = "", endpoint: str = "",   # as in `bring`
 ) -> list[dict]:          # exam items, or conversations
     "Rows of one set in a shuffled order; of conversations one in a hundred may be unusable and is left out."
+    if n < 0: raise NanochatError(f"{name}: n={n} rows; expected a number of rows, or 0 for all")
     t, out, bad = find_task(name, part), [], []
     sources = [_source(p, t, part) for p in bring(name, part, base_dir, endpoint)]
     ends = np.cumsum([0, *(k for k, _ in sources)])
@@ -299,12 +301,12 @@ def identity(
 ) -> list[dict]:         # {"messages"}
     "Conversations of one to three questions on who the model is, in the languages of the file."
     facts, rng, out = read_yaml(path) if path else IDENTITY, random.Random(f"identity {seed}"), []
-    for lang in _ASK:
-        if lack := set(_ASK[lang]) - set(facts.get(lang) or {}):
-            raise NanochatError(f"{path or 'identity'}: {lang} lacks {', '.join(sorted(lack))}; "
-                                f"expected {', '.join(_ASK[lang])}")
+    for lang in (langs := [x for x in _ASK if x in facts] or ["zh"]):
+        mine = facts.get(lang) if isinstance(facts.get(lang), dict) else {}
+        if lack := [k for k in _ASK[lang] if not str(mine.get(k) or "").strip()]:
+            raise NanochatError(f"{path or 'identity'}: {lang} lacks {', '.join(lack)}; expected all in zh, en or both")
     for _ in range(n):
-        lang, messages = rng.choice(list(_ASK)), []
+        lang, messages = rng.choice(langs), []
         for i, key in enumerate(rng.sample(list(_ASK[lang]), rng.randint(1, 3))):
             asked, said = (rng.choice(x.split("|")) for x in _ASK[lang][key])
             said = said.format(**facts[lang])
@@ -403,7 +405,7 @@ def run_program(
     code: str, seconds: int = 5,   # of CPU; twice as many on the clock
 ) -> bool:                         # did it run to its end?
     "Run Python that is not trusted, in a process with limits; see what this does not protect against above."
-    token = secrets.token_hex(8)                       # told only at the end: an early exit is no success
+    token = secrets.token_hex(8)                       # at the end of the file: an early exit is no success
     code = f"{code}\n\nimport sys\nsys.__stdout__.write('\\n{token}')\n"
     with tempfile.TemporaryDirectory() as tmp:
         (Path(tmp) / "answer.py").write_text(code, encoding="utf-8")

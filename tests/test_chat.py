@@ -6,6 +6,7 @@ from nanochat_nb.chat import ChatWidget, Conversation, chat_loop, command, fit_p
 from nanochat_nb.checkpoint import save_checkpoint
 from nanochat_nb.engine import Engine
 from nanochat_nb.model import GPT, GPTConfig
+from nanochat_nb.settings import NanochatError
 from nanochat_nb.tokenizer import train_tokenizer
 
 TEXTS = [f"{i}+{j} 等于几？你好世界 hello, how much is it?" for i in range(10) for j in range(10)]
@@ -35,6 +36,19 @@ def test_command(base):
     wrong = chat(folder, "--tag", "d9")
     assert wrong.returncode == 2 and "no checkpoint" in wrong.stderr and "Traceback" not in wrong.stderr
 
+def test_command_says_what_is_wrong(base):
+    for args, said in ((("--prompt", "啊" * 500), "shorten it"), (("--prompt", "hi", "--top_k", "-3"), "top_k=-3"), (("--temperature", "-1"), "temperature=-1")):
+        done = chat(base[0], *args, input="hi\nhi\n")
+        assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: ") and said in done.stderr, done.stderr
+    done = chat(base[0], "--prompt", "你好", "--temperature", "0", "--dtype", "float32")
+    want = base[1].chat([{"role": "user", "content": "你好"}], max_tokens=30, temperature=0).replace("\r", "\n")
+    assert (done.returncode, done.stdout) == (0, want + "\n")
+
+def test_tokens_that_are_no_whole_character_show_their_bytes(base):
+    talk = Conversation(base[1])
+    talk.ids = base[1].tok.encode("👋你 ok")
+    assert command(talk, "/tokens") == r"\xf0|\x9f|\x91|\x8b|你| |o|k"
+
 def test_ctrl_c_ends_the_answer_and_not_the_talk(base):
     talk, out = Conversation(base[1], max_tokens=100, temperature=1.), []
     def write(*a, **kw):
@@ -51,7 +65,8 @@ def test_many_turns_never_outgrow_the_context(base):
     assert len(talk.messages) == 50 and "\ufffd" not in "".join(m["content"] for m in talk.messages)
 
 def test_what_was_refused_is_not_part_of_the_talk(base):
-    talk, out = Conversation(base[1], max_tokens=20, temperature=float("inf")), []
+    talk, out = Conversation(base[1], max_tokens=20), []
+    talk.temperature = float("inf")
     chat_loop(talk, ["hello", "/t inf", "/t -1", "/t 0", "hello"], lambda *a, **kw: out.append("".join(a)))
     assert out[0].startswith("error:") and out[1:3] == ["/t inf: expected a number, 0 or more", "/t -1: expected a number, 0 or more"]
     assert [m["role"] for m in talk.messages] == ["user", "assistant"] and talk.messages[1]["content"]
@@ -73,6 +88,15 @@ def test_widget_streams_and_shows_tokens(base, monkeypatch):
     assert window.log.value.endswith(token_html(base[1].tok, window.talk.ids))
     window.text.value = "啊" * 600
     assert "shorten it" in window.log.value and len(window.talk.messages) == 2
+    assert window.text.value == "啊" * 600                                # it can be shortened
+    window.text.value = "啊"
+    assert window.text.value == "" and len(window.talk.messages) == 4
+
+def test_widget_options(base):
+    pytest.importorskip("ipywidgets")
+    assert ChatWidget(base[1], temperature=2.0).warm.value == 2
+    for bad, said in ((dict(lang="fr"), "unknown lang 'fr'"), (dict(temperature=-1.), "temperature=-1")):
+        with pytest.raises(NanochatError, match=said): ChatWidget(base[1], **bad)
 
 def test_what_a_model_reads_of_a_long_talk(base):
     engine, say = base[1], lambda role, text: {"role": role, "content": text}

@@ -73,6 +73,9 @@ def test_weights_are_kept_to_within_one_row(seed):
     ({"conversations": [{"from": "tool", "value": "x"}, {"from": "gpt", "value": "y"}]}, "role is 'tool'"),
     ({"conversations": 3}, "cannot be read"), ({"messages": "hi"}, "expected a list"),
     ({"conversations": [{"from": "gpt", "value": "x"}]}, "at least one user"),
+    *(({"instruction": "a", "output": "b", "history": h}, r"history: expected [[question, answer], …]") for h in
+      ([{"role": "user", "content": "hi"}], ["你好", "您好"], "你好", [["q"]], [["q", "a", "b"]])),
+    ('{"instruction": "a", "output": "b\\ud800"}', "message 2: holds half a surrogate pair"),
 ])
 def test_every_bad_row_is_named_by_its_line(tmp_path, row, says):
     path = lines(tmp_path / "a.jsonl", [BELLE[0], row, BELLE[1], row])

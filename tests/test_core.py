@@ -1,5 +1,5 @@
 "CORE: the bundle over a bad network, prompts by hand, ranks, resume, the command, bad input; agreement with lm-eval."
-import hashlib, importlib.util, json, os, random, shutil, subprocess, sys
+import hashlib, importlib.util, json, os, random, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest, torch
 import nanochat_nb.core as C
@@ -53,7 +53,7 @@ def server(tmp_path, monkeypatch):
     yield s
     s.shutdown(); s.server_close()
 
-def test_a_bundle_comes_over_a_bad_network_once(server, tmp_path):
+def test_a_bundle_comes_over_a_bad_network_once(server, tmp_path, capsys):
     base, body = tmp_path/"base", server.files["eval_bundle.zip"]
     server.faults = ["cut", "503", "reset"]
     folder = open_bundle(base, server.url, hashlib.sha256(body).hexdigest())
@@ -62,6 +62,7 @@ def test_a_bundle_comes_over_a_bad_network_once(server, tmp_path):
     n = len(server.asked)
     server.files.clear()
     assert open_bundle(base, server.url) == open_bundle(base) == folder and len(server.asked) == n   # offline afterwards
+    assert capsys.readouterr().out == f"{folder} is used, unpacked from {server.url}, not {C.BUNDLE}\n"             # of the unnamed one
     says("delete it to fetch", open_bundle, base, server.url + "x"); says("was unpacked from", open_bundle, base, server.url, "0" * 64)
     assert read_tasks(folder) == read_tasks(tmp_path/"made/eval_bundle")
 
@@ -90,12 +91,29 @@ def test_the_published_layout_is_read(tmp_path):
     ("core.yaml", "schema", "shema", "did you mean 'schema'"),
     ("core.yaml", "zh_facts.jsonl", "away.jsonl", "away.jsonl"),
     ("eval_meta_data.csv", "zh_facts,25", "others,25", "no line for zh_facts"), ("core.yaml", None, None, "has no core.yaml"),
+    *[("eval_meta_data.csv", "zh_facts,25", f"zh_facts,{x}", "eval_meta_data.csv has no line for zh_facts with a Random baseline from 0")
+      for x in ("", "100", "1e9", "-5", "nan", "half")],
+    ("eval_meta_data.csv", "Random baseline", "Baseline", "no line for zh_facts with a Random baseline"),
+    ("core.yaml", "icl_tasks", "tasks", "core.yaml, task 1: expected label"), ("core.yaml", "icl_task_type", "type", "core.yaml, task 1: expected label"),
+    ("core.yaml", r'"num_fewshot": \[\s*2\s*\]', '"num_fewshot": 2', "core.yaml, task 1: expected label"),
+    *[("eval_data/zh_whose.jsonl", '"gold": 0', f'"gold": {x}', "zh_whose.jsonl, line 1: expected a JSON object with context_options, continuation, gold (an option's")
+      for x in ("9", "-1", '"0"', "null", "[0]", "0.5")],
 ])
 def test_bad_bundles_are_named(base, file, old, new, said):
     path = base/"eval_bundle"/file
     if not old: path.unlink()
-    else: path.write_text(path.read_text(encoding="utf-8").replace(old, new, 1), encoding="utf-8")
+    else:
+        text = path.read_text(encoding="utf-8")
+        changed = re.sub(old, new, text, count=1) if "\\" in old else text.replace(old, new, 1)
+        assert changed != text
+        path.write_text(changed, encoding="utf-8")
     says(said, read_tasks, base/"eval_bundle")
+
+def test_a_byte_order_mark_is_no_text(base):
+    before = read_tasks(base/"eval_bundle")
+    for p in [p for p in (base/"eval_bundle").rglob("*.*") if p.is_file()]: p.write_text("\ufeff" + p.read_text(encoding="utf-8"), encoding="utf-8")
+    assert read_tasks(base/"eval_bundle") == before
+    says("max_per_task=-1", read_tasks, base/"eval_bundle", max_per_task=-1)
 
 def test_only_a_newline_ends_a_line(tmp_path):
     items = [dict(context=f"a{c}b", continuation="c") for c in ("\u2028", "\x85", "\r", "")]
@@ -198,12 +216,14 @@ def test_compare_on_the_command_line(base, tmp_path):
         rows = [dict(step=s, loss=3 - lr * s / 9, tokens=100 * (s + 1), seconds=float(s), tok_per_s=100.) for s in range(9)]
         (folder/"metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
         (folder/"settings.yaml").write_text(f"lr_scale: {lr}\nseed: 1\n")
-    run_core(CoreSettings(base_dir=str(base), tag="d2,d3", device="cpu", dtype="float32"))
+    for tag in ("d2", "d3"): run_core(CoreSettings(base_dir=str(base), tag=tag, device="cpu", dtype="float32"))   # both stay on record
+    (base/"report/pretrain.json").write_text(json.dumps(dict(settings=dict(tag="d3"), seconds=9., ranks=8, hardware="H100")))
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     cmd = [sys.executable, "-m", "nanochat_nb.core", "compare", base/"base_checkpoints/d2", base/"base_checkpoints/d3", "--out", tmp_path/"o", "--price", "3600"]
     done = subprocess.run([*map(str, cmd)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "| `lr_scale` | 1.0 | 0.5 |" in done.stdout and "seed" not in done.stdout and "| cost | $8.00 | $8.00 |" in done.stdout
+    assert "| `lr_scale` | 1.0 | 0.5 |" in done.stdout and "seed" not in done.stdout and "| cost |  | $72.00 |" in done.stdout
+    assert "| on |  | 8 × H100 |" in done.stdout and "| tokens | 900 | 900 |" in done.stdout          # of d2 there is no record
     cores = [r["core"] for r in read_json(base/"report/core.json")["runs"].values()]
     assert all(f"{c:.3f}" in next(l for l in done.stdout.splitlines() if l.startswith("| CORE")) for c in cores)
     assert sorted(os.listdir(tmp_path/"o")) == ["compare.md", "compare.png"]
@@ -212,7 +232,13 @@ def test_compare_on_the_command_line(base, tmp_path):
     early = {"base d2@1": dict(runs["base d2@5"], core=.9)}
     for both in (early | runs, runs | early):                          # whichever was examined last
         (base/"report/core.json").write_text(json.dumps(dict(runs=both)))
-        assert read_run(base/"base_checkpoints/d2")["scores"]["CORE"][0] == runs["base d2@5"]["core"]
+        assert read_run(base/"base_checkpoints/d2")["scores"]["CORE, 6 tasks"][0] == runs["base d2@5"]["core"]
+    big = dict(read_run(base/"base_checkpoints/d2"), tokens=1_310_720_000)
+    assert "| tokens | 1,310,720,000 |" in C.comparison([big])
+    for score, tag in ((.75, "d2"), (.5, "d3")):                       # each run keeps its own card; the last one's lies in report/ too
+        card = dict(tag=tag, exams=dict(base=dict(zh=dict(mcq=dict(acc=score, ci95=[0, 1])), en={})), stages={})
+        for p in (base/"base_checkpoints"/tag, base/"report"): (p/"report.json").write_text(json.dumps(card))
+    assert [read_run(base/"base_checkpoints"/t)["scores"]["zh mcq"][0] for t in ("d2", "d3")] == [.75, .5]
     done = subprocess.run([*map(str, cmd[:4]), str(base/"none")], env=env, capture_output=True, text=True)
     assert done.returncode == 2 and "none is no folder" in done.stderr and done.stderr.count("\n") == 1
 
@@ -225,6 +251,15 @@ def test_bad_settings_are_one_line(base, args, said):
     except NanochatError as e: assert said in str(e); return
     says(said, run_core, cfg)
 
+
+def test_a_bundle_that_nobody_named_is_told_once(base, capsys):
+    (base/"eval_bundle/origin.json").write_text(json.dumps(dict(bundle="mine.zip", sha256="0")))
+    ask = dict(base_dir=str(base), tag="d2", tasks="zh_facts", max_per_task=2, device="cpu", dtype="float32")
+    run_core(CoreSettings(**ask))
+    assert capsys.readouterr().out.count("unpacked from mine.zip") == 1
+    run_core(CoreSettings(**ask, bundle="mine.zip"))
+    assert "unpacked" not in capsys.readouterr().out
+    says("was unpacked from mine.zip; delete it", run_core, CoreSettings(**ask, bundle="https://x.example/other.zip"))
 
 # ---- the same questions by lm-eval ---------------------------------------------------------------------------------
 

@@ -1,14 +1,13 @@
 "Evaluation: ranks, random models, the whole line of stages, the command, bad input."
-import dataclasses, json, os, random, subprocess, sys, textwrap
+import dataclasses, json, os, random, subprocess, sys, textwrap, warnings
 from pathlib import Path
 import pytest, torch
 from nanochat_nb import pretrain, sft
 from nanochat_nb.checkpoint import save_checkpoint
 from nanochat_nb.data import DataSettings, prepare
 from nanochat_nb.engine import Engine
-from nanochat_nb.evals import (MAX_TOKENS, EvalSettings, bits_per_byte, build_report, chance, checkpoints, evaluate,
-                               exam_rows, find_checkpoint, is_right, load_engine, mark_answers, mark_choices, plot_exam,
-                               report_markdown, wilson)
+from nanochat_nb.evals import (MAX_TOKENS, EvalSettings, bits_per_byte, build_report, chance, checkpoints, evaluate, exam_rows, exam_table,
+                               find_checkpoint, is_right, load_engine, mark_answers, mark_choices, plot_exam, plot_stages, report_markdown, wilson)
 from nanochat_nb.model import GPT, GPTConfig
 from nanochat_nb.runtime import init_runtime
 from nanochat_nb.settings import NanochatError, read_json, write_json
@@ -84,6 +83,16 @@ def test_marking_numbers():
 def test_marking_odd_answers_never_raises(said):
     for answer in ("12", "A", "陈安去了青河。", "c-a-t"): assert not is_right(said, answer)
 
+def test_marking_what_normalising_would_flatten():
+    for said in ("12²", "1²2", "½", "12½", "12₂", "12e3", "12^2", "12^{3}", "m^12", "x12", "x1.12", "v0,12", "–12", "‑12", "1e12", "1e-12", "1e999999999999999999999"):
+        assert not is_right(said, "12") and not is_right(said, "122"), said
+    for said in ("12 m²", "12㎡", "12 cm³.", "12km", "12 m^2", "共12m²", "CO₂: 12", "CO2 12", "H2 is 12.", "10–12", "x=12", "(5²) 12", "½+11½=12"):
+        assert is_right(said, "12"), said
+
+def test_a_letter_beside_another_is_no_answer():
+    for said in ("A B", "A, B", "A/B/C/D", "A和B", "A、B", "A或者D", "(A) or (E)", "Ａ与Ｂ", "A. B is it"): assert not is_right(said, "A"), said
+    for said in ("A", "A.", "(A)", "A. 北京", "A. Beijing", "A. Answer A", "A，选A", "A. DNA", "A 5 kg"): assert is_right(said, "A"), said
+
 @pytest.mark.parametrize("lang", ["zh", "en"])
 def test_the_shuffled_answers_are_wrong(lang):
     "Each question's answer is right for itself and wrong for a question with another answer."
@@ -132,6 +141,19 @@ def test_wilson_holds_the_rate_and_narrows():
 def test_chance():
     assert chance([]) == 0 and chance([{"answer": a} for a in "1121"]) == .75
     assert chance(exam(WORLD, "zh", "mcq", 20)) == .25
+
+@pytest.mark.parametrize("seq_len, whole", [(8, 0), (48, None), (160, 6)])
+def test_what_does_not_fit_the_context_is_left_out_and_counted(tok, rt, capsys, seq_len, whole):
+    engine = Engine(random_model(tok.vocab_size, seq_len), tok, rt)
+    table = exam_table(engine, WORLD, 6)
+    said = capsys.readouterr().out
+    for lang in table:
+        for kind in EXAMS:
+            row = table[lang].get(kind)
+            assert (f"{lang} {kind}: none of 6 questions fits a context of {seq_len} tokens" in said) == (not row)
+            if row: assert row["n"] + row["too_long"] == 6
+            assert whole is None or (row["n"] if row else 0) == whole
+    if whole is None: assert any(table.values()) and said
 
 
 # ---- the whole line ------------------------------------------------------------------------------------------------
@@ -196,6 +218,29 @@ def test_times_belong_to_the_run_in_question(run, report):
         assert again() > 0
     finally: write_json(run/"report/pretrain.json", wall)
 
+def test_a_later_run_takes_no_record_from_an_earlier_one(run, report):
+    "Ranks and hardware of d1 are known from its own card after d9 was trained; of other training than that they are not."
+    last, own = run/"report/pretrain.json", run/"base_checkpoints/d1/report.json"
+    wall, card = read_json(last), read_json(own)
+    again = lambda: build_report(run, "d1", report["exams"], dict(seconds=1.0))
+    assert card == report
+    try:
+        write_json(last, wall | dict(ranks=8, seconds=1e6, hardware="H100", settings=wall["settings"] | dict(tag="d9")))
+        r = again()
+        assert (r["stages"]["pretrain"]["ranks"], r["seconds"]["pretrain"]) == (1, report["seconds"]["pretrain"])
+        card["stages"]["pretrain"]["loss"] += 1                    # the card is of an earlier run of this tag
+        write_json(own, card)
+        r = again()
+        assert "ranks" not in r["stages"]["pretrain"]
+        line = next(l for l in report_markdown(r | dict(price=3600)).splitlines() if l.startswith("| pretrain"))
+        assert "$" not in line and "H100" not in line
+    finally: write_json(last, wall); write_json(own, report)
+
+def test_a_picture_of_one_stage_is_whole():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for n in (1, 2, 7): assert plot_stages(dict(seconds={str(i): 1.0 for i in range(n)})).axes[0].get_position().height > .2
+
 def test_the_same_again(run, report):
     again = evaluate(EvalSettings(base_dir=str(run), n_questions=6, device="cpu", dtype="float32"))
     assert again["exams"] == report["exams"]
@@ -239,7 +284,8 @@ def test_command(run):
 @pytest.mark.parametrize("args, said", [
     ((), "there are base d1, sft d1"), (("--tag", "d7"), "no checkpoint of stage base with tag d7"),
     (("--stages", "base,stf"), "did you mean 'sft'"), (("--stages", ""), "names none of base, mid, sft, rl"),
-    (("--n_questions", "0"), "n_questions=0"), (("--n_question", "3"), "did you mean 'n_questions'"), (("--device", "gpu"), "unknown device"),
+    (("--n_questions", "0"), "n_questions=0"), (("--task_questions", "-1"), "task_questions=-1: expected 0 or more"),
+    (("--price", "-1"), "price=-1.0: expected 0 or more"), (("--n_questions", "-1", "--tasks", "spelling"), "n_questions=-1"), (("--n_question", "3"), "did you mean 'n_questions'"), (("--device", "gpu"), "unknown device"),
 ])
 def test_bad_input(run, args, said):
     from nanochat_nb.settings import from_flags

@@ -2,10 +2,11 @@
 import json, os, shutil, subprocess, sys
 from dataclasses import asdict
 import pytest, torch
+from safetensors.torch import load_file, save_file
 from nanochat_nb.checkpoint import save_checkpoint
 from nanochat_nb.engine import Engine
 from nanochat_nb.evals import load_model
-from nanochat_nb.export import export_hf, load_hf
+from nanochat_nb.export import ExportSettings, export_hf, load_hf, run_import
 from nanochat_nb.model import GPT, GPTConfig
 from nanochat_nb.pretrain import PretrainSettings, fill
 from nanochat_nb.settings import NanochatError
@@ -58,7 +59,10 @@ def test_command_says_what_is_wrong(base, tmp_path):
     folder, _, _ = base
     for args, said in (((), "name the folder"), (("--to", "gguf", tmp_path/"x"), "GGUF knows no architecture"), ((folder,), "not empty"),
                        (("--tag", "d5", tmp_path/"x"), "no checkpoint"), (("--dtype", "int3", tmp_path/"x"), "unknown dtype"),
-                       (("--source", tmp_path/"none"), "none")):
+                       (("--source", tmp_path/"none"), "none"), (("--source", tmp_path, "--stage", "stf"), "unknown stage 'stf'; did you mean 'sft'?"),
+                       (("--source", tmp_path, tmp_path/"x"), "an import writes a checkpoint into --base_dir"),
+                       ((folder/"tokenizer"/"meta.json"/"x"/"y",), "cannot write"), (("/proc/xx/y",), "cannot write"),
+                       (("--source", folder/"tokenizer"/"meta.json"), "cannot be read")):
         done = command("--base_dir", folder, *args)
         assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, (args, done.stderr)
     assert list(tmp_path.iterdir()) == []                        # and nothing half written
@@ -83,6 +87,56 @@ def test_damaged_folders(base, tmp_path):
     (tmp_path/"tokenizer"/"tokenizer.json").unlink()
     for name, said in (("weights", "model.safetensors"), ("missing", "model.safetensors"), ("shape", "disagree"), ("tokenizer", "tokenizer.json")):
         with pytest.raises(NanochatError, match=said): load_hf(tmp_path/name)
+
+def test_damage_inside_the_files(base, tmp_path):
+    "Each is one error that names the folder, and none of them loads."
+    _, model, tok = base
+    modern = GPT(GPTConfig(2, 2, 2, 64, tok.vocab_size, 96, "modern", chunk=8))
+    plain, own = export_hf(model, tok, tmp_path/"plain"), export_hf(modern, tok, tmp_path/"own")
+    n = 0
+    def copy(source):
+        nonlocal n; n += 1
+        return shutil.copytree(source, tmp_path/str(n))
+    def refused(folder, said):
+        with pytest.raises(NanochatError, match=said): load_hf(folder)
+    def config(source, said, **new):
+        folder, old = copy(source), json.loads((source/"config.json").read_text())
+        (folder/"config.json").write_text(json.dumps({k: v for k, v in (old | new).items() if v is not None}))
+        refused(folder, said)
+    def weights(said, change):
+        folder = copy(plain)
+        state = load_file(folder/"model.safetensors")
+        save_file(state | {(k := "lm_head.weight"): change(state[k])}, folder/"model.safetensors")
+        refused(folder, said)
+    for source in (plain, own): config(source, "damaged", num_attention_heads=None, num_key_value_heads=None)
+    config(plain, "damaged", num_attention_heads="two"); config(own, "n_head='two' in config.json is not int", num_attention_heads="two")
+    config(own, "chunk='x' in config.json is not int", chunk="x")
+    weights("lm_head.weight is not all finite", lambda w: w * torch.nan); weights("lm_head.weight is not all finite", lambda w: w.to(torch.int8))
+    for name, text, said in (("config.json", "[]", "damaged"), ("model.safetensors.index.json", "{}", "weight_map"), ("tokenizer.json", "{}", "tokenizer.json cannot be used")):
+        folder = copy(plain); (folder/name).write_text(text); refused(folder, said)
+
+def test_model_and_tokenizer_of_two_sizes(base, tmp_path):
+    _, model, tok = base
+    other = train_tokenizer(TEXTS, 280)
+    with pytest.raises(NanochatError, match="the tokenizer 280"): export_hf(model, other, tmp_path/"out")
+    out = export_hf(model, tok, tmp_path/"out")
+    (out/"tokenizer.json").write_text(other.spec, encoding="utf-8")
+    with pytest.raises(NanochatError, match="tokenizer.json cannot be used: .*the tokenizer 280"):
+        run_import(ExportSettings(source=str(out), base_dir=str(tmp_path/"base")))
+    assert not (tmp_path/"base"/"tokenizer").exists()
+
+def test_nothing_else_is_deleted(base, tmp_path, monkeypatch):
+    (tmp_path/".mine.tmp").mkdir(); (tmp_path/".mine.tmp"/"precious").touch(); (tmp_path/"link").symlink_to(tmp_path/"nowhere")
+    export_hf(*base[1:], tmp_path/"mine")
+    with pytest.raises(NanochatError, match="cannot write"): export_hf(*base[1:], tmp_path/"link")
+    def full(self, *a, **k): raise OSError(28, "No space left on device")
+    monkeypatch.setattr("pathlib.Path.write_text", full)                     # met at the first JSON file
+    with pytest.raises(NanochatError, match="No space left"): export_hf(*base[1:], tmp_path/"full")
+    assert sorted(os.listdir(tmp_path)) == [".mine.tmp", "link", "mine"] and (tmp_path/".mine.tmp"/"precious").exists()
+
+def test_the_card_claims_no_stage_that_is_not_known(base, tmp_path):
+    card = lambda name, **kw: (export_hf(*base[1:], tmp_path/name, **kw)/"README.md").read_text(encoding="utf-8")
+    assert "| sft |" in card("said", stage="sft") and "阶段" not in card("unsaid")
 
 def test_an_unwritable_place_is_said(base, tmp_path, monkeypatch):
     _, model, tok = base

@@ -1,5 +1,6 @@
 "Kernels where it does not read well as a cell: compiled, in two types, and eight bits under the rules of a GPU."
 import pytest, torch, torch.nn.functional as F
+from nanochat_nb import kernels, model
 from nanochat_nb.kernels import fp8_linear, rotary_qkv
 from nanochat_nb.model import GPT, GPTConfig, config_from_depth, rope_table
 from nanochat_nb.settings import NanochatError
@@ -62,7 +63,7 @@ def test_the_slope_of_relu_square_is_read_off_eight_bits(gpu_rules):
         assert a.shape == b.shape and (a - b).norm() < .1 * b.norm()
     assert len(gpu_rules) == 3
 
-def test_a_model_in_eight_bits_takes_any_number_of_rows_and_tokens(gpu_rules):
+def test_a_model_in_eight_bits_takes_any_number_of_rows_and_tokens(gpu_rules, monkeypatch):
     cfg = config_from_depth(2, 96, 13, "modern")
     m, g = GPT(cfg), torch.Generator().manual_seed(0)
     for p in m.parameters(): p.data.normal_(0, 1 if p is m.wte.weight else p.shape[1]**-.5, generator=g)
@@ -78,6 +79,12 @@ def test_a_model_in_eight_bits_takes_any_number_of_rows_and_tokens(gpu_rules):
     got, low = run()
     assert gpu_rules and abs(got - want) < .02 * want
     for a, b in zip(grads, low): assert (a - b).norm() < .25 * a.norm()
+    with m.rounded(), monkeypatch.context() as nobody:           # the same weights, converted beforehand
+        for where in (kernels, model): nobody.setattr(where, "weights_fp8", None)
+        shared, ready = run()
+    assert shared == got and all(torch.equal(a, b) for a, b in zip(low, ready))
+    m.head.weight.data.mul_(1.5)
+    assert run()[0] != got                                       # outside nothing old is read
 
 def test_widths_that_eight_bits_cannot_take_are_named():
     with pytest.raises(NanochatError, match="multiples of 16, not n_embd=40 and vocab_size=100;"): GPT(GPTConfig(1, 2, 2, 40, 100, 16)).use_fp8()

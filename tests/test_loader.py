@@ -268,6 +268,8 @@ def test_errors_name_the_thing_and_the_remedy(made, tmp_path):
     state = text(made).state_dict()
     fails("seed=0, this loader has 1; use the same seed", lambda: text(made, seed=1).load_state_dict(state))
     fails("kind='text'", lambda: chat(made).load_state_dict(state))
+    fails("use the same text_share", lambda: chat(made).load_state_dict(mix(made).state_dict()))
+    fails("use the same text_share", lambda: mix(made).load_state_dict(chat(made).state_dict()))
 
 
 def test_damaged_shards(made, tmp_path):

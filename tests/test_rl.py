@@ -73,7 +73,8 @@ def test_questions_of_another_run_are_not_gone_on_with():
 @pytest.mark.parametrize("kw, says", [
     (dict(depth=7), "no checkpoint of stage base with tag d7"), (dict(init="rl"), "starts from base, mid, sft"), (dict(group=1), "group=1"),
     (dict(temperature=0.0), "temperature=0.0"), (dict(questions="worlds"), "did you mean 'world'"), (dict(questions=","), "there are none"),
-    (dict(questions="world:mcq"), "'mcq' is no kind"),
+    (dict(questions="world:mcq"), "'mcq' is no kind"), (dict(questions="spelling:0"), "questions: 'spelling:0' asks"),
+    (dict(lr_scale=-1.0), "lr_scale=-1.0: expected 0"), (dict(warmdown=3.0), "warmdown=3.0: expected a share"), (dict(keep=-2), "keep=-2"),
 ])
 def test_a_bad_setting_is_named(base, kw, says):
     with pytest.raises(NanochatError) as e: rl.train(settings(base, **kw))
@@ -83,6 +84,17 @@ def test_questions_without_room_for_an_answer_are_left_out(base, tmp_path):
     long = [dict(messages=[{"role": "user", "content": f"{i} long" * 60}], answer="7") for i in range(20)]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(x) + "\n" for x in long))
     with pytest.raises(NanochatError, match="no question leaves room"): rl.train(settings(base, questions=str(tmp_path / "q.jsonl")))
+
+def test_nothing_held_out_is_taught_from_another_file(base, tmp_path):
+    for name, ns in (("a", range(100)), ("b", range(50, 150))):
+        rows = [dict(messages=[{"role": "user", "content": f"{i} and 1?"}], answer=str(i + 1)) for i in ns]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows))
+    some, held = rl.gather(settings(base, questions=f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", n_held=1000))
+    asked = lambda xs: [x["messages"][0]["content"] for x in xs]
+    assert len(held) >= 10 and len(set(asked(held))) == len(held) and not set(asked(held)) & set(asked(some))
+    assert len(set(asked(some))) + len(held) == 150
+    (tmp_path / "none.jsonl").write_text("\n")
+    with pytest.raises(NanochatError, match="none.jsonl holds no question"): rl.gather(settings(base, questions=str(tmp_path / "none.jsonl")))
 
 def test_parameters_cell_is_the_dataclass():
     cells = json.loads((ROOT / "nbs/07_rl.ipynb").read_text(encoding="utf-8"))["cells"]

@@ -67,6 +67,13 @@ def test_cuts_are_those_of_transformers():
         want = TopPLogitsWarper(p)(None, TopKLogitsWarper(k)(None, x)) if p < 1 else TopKLogitsWarper(k)(None, x)
         assert torch.equal(cut(x, torch.full((50,), k), torch.full((50,), p)), want)
 
+def test_the_likeliest_token_is_never_cut():
+    x, row = torch.tensor([[0., 2., 1.]]), torch.ones(1, dtype=torch.long)
+    for k, p in ((0, None), (-3, None), (None, 0.), (None, -1.), (-3, -1.)):
+        got = cut(x, *(None if v is None else torch.tensor([v]) for v in (k, p)))
+        assert got.tolist() == [[-torch.inf, 2, -torch.inf]] and sample(x, 1., k, p, row, row).tolist() == [1]
+    assert cut(torch.tensor([[1., 1., 1., 0.]]), row).tolist() == [[1, 1, 1, -torch.inf]]   # ties stay together
+
 def test_a_cut_at_one_cuts_nothing():
     "Or a row's draw would depend on whether another row of its batch asked for a cut."
     x = torch.tensor([[20., 0., -5.]])

@@ -148,6 +148,8 @@ def test_a_bad_line_is_named(base, tmp_path, line, says):
     (dict(conversations="worlds"), "did you mean 'world'"), (dict(conversations="no.jsonl"), "'no.jsonl' is no file"),
     (dict(conversations=","), "there are no conversations"), (dict(n_conversations=0), "there are no conversations"),
     (dict(num_iterations=-3), "num_iterations=-3"), (dict(num_iterations=0, epochs=0.0), "epochs=0.0"), (dict(depth=0), "depth=0"),
+    (dict(lr_scale=-1.0), "lr_scale=-1.0: expected 0"), (dict(warmdown=5.0), "warmdown=5.0: expected a share"), (dict(device_batch=-1), "device_batch=-1: expected 0"),
+    (dict(n_gpu=0), "n_gpu=0: expected 1"), (dict(matrix_lr=float("nan")), "matrix_lr=nan: expected 0"),
 ])
 def test_a_bad_setting_is_named(base, kw, says):
     with pytest.raises(NanochatError) as e: sft.train(settings(base, **kw))

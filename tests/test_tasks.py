@@ -129,6 +129,9 @@ def test_processes_at_once_fetch_once(hub, tmp_path):
     ("smoltalk", "train", parquet([talk("Hi"), dict(messages=[dict(role="user", content="?")], source="x")]), "row 2: expected at least one user"),
     ("gsm8k-zh", "train", json.dumps([gsm_zh(0), {"question_zh": "？", "split": "train"}]).encode(), "GSM8K_zh.json row 2: ValueError answer_zh is empty"),
     ("ceval", "exam", archive({"val/law_val.csv": [four(1), four(2) | dict(answer="")]}), "val/law_val.csv row 2: answer is missing or empty"),
+    ("ceval", "exam", archive({"val/law_val.csv": [four(1) | dict(answer="BC")]}), "val/law_val.csv row 1: ValueError 'BC' is not in list"),
+    ("mmlu", "exam", parquet([mmlu(0, "s"), mmlu(1, "s") | dict(answer=-1)]), "row 2: ValueError answer -1 is none of 4 choices"),
+    ("mmlu", "exam", parquet([mmlu(0, "s") | dict(answer=4)]), "row 1: ValueError answer 4 is none of 4 choices"),
     ("ceval", "exam", archive({"dev/law_dev.csv": [four(1)]}), "holds no member like"),
     ("cmmlu", "exam", b"PK no zip", "cmmlu_v1_0_1.zip cannot be read"),
     ("mmlu", "exam", b"PAR1", "test-00000-of-00001.parquet cannot be read"),
@@ -136,6 +139,23 @@ def test_processes_at_once_fetch_once(hub, tmp_path):
 def test_a_bad_row_or_column_is_named(hub, tmp_path, name, part, broken, said):
     for path, _ in getattr(tasks.TASKS[name], part): hub.files[key(tasks.TASKS[name].repo.split("@")[0], path)] = broken
     says(said, tasks.load, name, part, base_dir=str(tmp_path), endpoint=hub.address)
+
+def test_no_fewer_than_no_rows(hub, tmp_path): says("n=-1 rows", tasks.load, "gsm8k", n=-1, base_dir=str(tmp_path), endpoint=hub.address)
+
+@pytest.mark.parametrize("text, said", [
+    ("zh: {name: , maker: 王老师, size: 五亿, skills: 聊天, languages: 中文}", "zh lacks name;"),
+    ("en: {name: ' ', maker: W, size: 0.5 billion, skills: chat}", "en lacks name, languages;"),
+    ("zh:\nen: {name: A, maker: W, size: 1, skills: chat, languages: English}", "zh lacks name, maker, size, skills, languages;"),
+    ("zh: 阿书", "zh lacks name"), ("fr: {name: A}", "expected all in zh, en or both"), ("", "expected all in zh, en or both"),
+])
+def test_an_identity_with_gaps_is_refused(tmp_path, text, said):
+    (tmp_path/"i.yaml").write_text(text, encoding="utf-8")
+    says(said, tasks.identity, 1, str(tmp_path/"i.yaml"))
+
+def test_an_identity_in_one_language(tmp_path):
+    (tmp_path/"i.yaml").write_text("zh: {name: 阿书, maker: 王老师, size: 五亿, skills: 聊天, languages: 中文}", encoding="utf-8")
+    talks = tasks.identity(200, str(tmp_path/"i.yaml"))
+    assert len(talks) == 200 and all("。" in t["messages"][1]["content"] or "？" in t["messages"][1]["content"] for t in talks)
 
 def test_a_rare_unusable_conversation_is_left_out(hub, tmp_path, capsys):
     rows = [talk(f"Say {i}.") for i in range(100)] + [dict(messages=[dict(role="user", content="?")], source="x")]
