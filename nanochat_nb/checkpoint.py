@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['pack_state', 'unpack_state', 'snapshot', 'rng_state', 'set_rng_state', 'write_state', 'read_state', 'steps_in',
-           'latest_step', 'Saver', 'save_checkpoint', 'damage', 'load_checkpoint', 'check_same_tokenizer']
+           'step_folder', 'latest_step', 'Saver', 'save_checkpoint', 'damage', 'load_checkpoint',
+           'check_same_tokenizer']
 
 # %% ../nbs/02c_checkpoint.ipynb #ee769a53
-import contextlib, hashlib, json, os, shutil
+import contextlib, errno, fcntl, hashlib, json, os, re, shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from .settings import NanochatError, atomic_path, read_json, write_json
-from .runtime import broadcast_object, is_main
+from .runtime import broadcast_object, is_main, print0
 
 # %% ../nbs/02c_checkpoint.ipynb #91824b2e
 def pack_state(
@@ -24,12 +25,17 @@ def pack_state(
 ):                  # JSON twin of `obj`, in which a tensor is {"tensor": path}
     "Split a state dict into tensors and JSON."
     sub = lambda k, v: pack_state(v, tensors, f"{name}.{k}" if name else str(k))
-    if isinstance(obj, torch.Tensor): tensors[name] = obj; return {"tensor": name}
-    if isinstance(obj, dict): return {"dict": [[k, sub(k, v)] for k, v in obj.items()]}
-    if isinstance(obj, (list, tuple)): return {type(obj).__name__: [sub(i, v) for i, v in enumerate(obj)]}
-    if obj is None or type(obj) in (bool, int, float, str): return obj
-    raise NanochatError(f"state {name!r} is a {type(obj).__name__}, not a tensor, number, text, list, tuple or dict")
+    plain = lambda x: x is None or type(x) in (bool, int, float, str)
+    if isinstance(obj, torch.Tensor):
+        if name in tensors: raise NanochatError(f"state: two tensors are called {name!r}; rename a key")
+        tensors[name] = obj; return {"tensor": name}
+    if isinstance(obj, dict) and all(map(plain, obj)): return {"dict": [[k, sub(k, v)] for k, v in obj.items()]}
+    if type(obj) in (list, tuple): return {type(obj).__name__: [sub(i, v) for i, v in enumerate(obj)]}
+    if plain(obj): return obj
+    raise NanochatError(f"state {name!r} is a {type(obj).__name__}, not a tensor, number, text, list, tuple, "
+                        "or dict with such keys")
 
+# %% ../nbs/02c_checkpoint.ipynb #91824b2f
 def unpack_state(
     obj,            # made by `pack_state`
     tensors: dict,  # path → tensor
@@ -93,21 +99,32 @@ def _sha256(path) -> str:
         while block := f.read(2**22): h.update(block)
     return h.hexdigest()
 
+def _of(meta: dict) -> str: return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
 def steps_in(folder) -> list:
-    "Steps of the complete checkpoints in a folder, ascending."
-    return sorted(int(p.parent.name[5:]) for p in Path(folder).glob("step_*/meta.json") if p.parent.name[5:].isdigit())
+    "Steps of the complete checkpoints in a folder, ascending; one that was being replaced is still there as .old."
+    names = [p.parent.name for p in Path(folder).glob("*/meta.json")]
+    return sorted({int(m[1] or m[2]) for n in names if (m := re.fullmatch(r"step_(\d+)|\.step_(\d+)\.old", n))})
+
+def step_folder(folder, step: int) -> Path:
+    "Where the checkpoint of a step lies."
+    path = Path(folder) / f"step_{step:06d}"
+    return path if path.exists() or not (old := path.with_name(f".{path.name}.old")).exists() else old
 
 def latest_step(folder) -> int | None:
     "The step that `latest` names, else the newest complete one, else None."
     steps, pointer = steps_in(folder), Path(folder) / "latest"
-    named = pointer.read_text().strip()[5:] if pointer.exists() else ""
-    return int(named) if named.isdigit() and int(named) in steps else steps[-1] if steps else None
+    named = pointer.read_text(errors="replace").strip()[5:] if pointer.exists() else ""
+    return int(named) if named.isdecimal() and int(named) in steps else steps[-1] if steps else None
 
-# %% ../nbs/02c_checkpoint.ipynb #d4600f3e
+# %% ../nbs/02c_checkpoint.ipynb #d4600f3d
 def _litter(folder: Path):
-    "Remove what unfinished saves left."
+    "Put back a checkpoint that was being replaced; remove what else unfinished saves left."
+    for p in folder.glob(".step_*.old"):
+        if not (place := folder / p.name[1:-4]).exists(): p.rename(place)
     for p in folder.glob(".step_*"): shutil.rmtree(p, ignore_errors=True)
 
+# %% ../nbs/02c_checkpoint.ipynb #d4600f3e
 def _write_checkpoint(folder: Path, step: int, model: tuple, optimizer: tuple, meta: dict, keep: int):
     "Write a temporary folder, rename it, move the pointer, remove old ones."
     _litter(folder)
@@ -117,26 +134,38 @@ def _write_checkpoint(folder: Path, step: int, model: tuple, optimizer: tuple, m
     write_state(tmp / "model.safetensors", *model)
     write_state(tmp / "optimizer.safetensors", *optimizer)
     files = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(tmp.glob("*.safetensors"))}
-    write_json(tmp / "meta.json", meta | {"step": step, "files": files})
+    meta = json.loads(json.dumps(meta | {"step": step, "files": files}))
+    write_json(tmp / "meta.json", meta | {"sha256": _of(meta)})
     _fsync(tmp)
     if final.exists(): final.rename(folder / f".{name}.old")
     tmp.rename(final)
     _fsync(folder)
     with atomic_path(folder / "latest") as p: p.write_text(name + "\n")
     _litter(folder)
-    others = [s for s in steps_in(folder) if s != step]
-    for s in others[:len(others) - keep + 1] if keep else (): shutil.rmtree(folder / f"step_{s:06d}")
+    others = sorted({*steps_in(folder)} - {step}, key=lambda s: (s < step, s))   # later ones were given up: first
+    for s in others[:max(0, len(others) - keep + 1)] if keep else (): shutil.rmtree(folder / f"step_{s:06d}")
 
 # %% ../nbs/02c_checkpoint.ipynb #8c4c18de
 def _save(folder: Path, step: int, *rest) -> str: # what went wrong; empty: all is well
-    "Write a checkpoint; after an error the older ones are as they were."
-    try: _write_checkpoint(folder, step, *rest); return ""
+    "Write a checkpoint, alone in its folder; after an error the older ones are as they were."
+    fd = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        fd = os.open(folder, os.O_RDONLY)
+        try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError: return f"cannot save step {step}: another run saves in {folder}; give one another tag"
+        except OSError: pass                                        # a file system without locks
+        try: _write_checkpoint(folder, step, *rest); return ""
+        except BaseException:
+            with contextlib.suppress(OSError): _litter(folder)
+            raise
     except (OSError, SafetensorError, NanochatError, TypeError) as e:
-        with contextlib.suppress(OSError): _litter(folder)
         last = latest_step(folder) if folder.is_dir() else None
         return (f"cannot save step {step} in {folder}: {e}; "
                 + ("no checkpoint there yet" if last is None else f"step {last} is still whole")
                 + "; free disk space or choose another base_dir, then resume")
+    finally:
+        if fd is not None: os.close(fd)
 
 # %% ../nbs/02c_checkpoint.ipynb #3b091aba
 class Saver:
@@ -178,8 +207,11 @@ def damage(
     folder,   # one checkpoint: …/step_NNNNNN
 ) -> str:     # what is wrong, naming the file; empty when it is whole
     "Hold the files of a checkpoint against the sizes and hashes in its meta.json."
-    try: files = read_json(Path(folder) / "meta.json")["files"]
-    except (NanochatError, KeyError, TypeError) as e: return f"{Path(folder) / 'meta.json'}: {e}"
+    page = Path(folder) / "meta.json"
+    try:
+        files = {k: (meta := read_json(page))["files"][k] for k in ("model.safetensors", "optimizer.safetensors")}
+        if meta.pop("sha256", None) not in (None, _of(meta)): return f"{page} does not match its sha256"
+    except (NanochatError, KeyError, TypeError, AttributeError) as e: return f"{page}: {e!r}"
     for name, want in files.items():
         p = Path(folder) / name
         if not p.exists(): return f"{p} is missing"
@@ -199,9 +231,11 @@ def load_checkpoint(
     if s is None or s not in steps:
         there = f"there are steps {', '.join(map(str, steps))}" if steps else "train first, or name another folder"
         raise NanochatError(f"no checkpoint {'' if step is None else f'of step {step} '}in {folder}; {there}")
-    path = folder / f"step_{s:06d}"
+    path, told = step_folder(folder, s), (p := folder / "latest").exists() and p.read_text(errors="replace").strip()
+    if step is None and told not in (False, f"step_{s:06d}"):
+        print0(f"{folder.name}/latest names {told!r}, which is not there; going on from step {s}")
     if bad := damage(path):
-        good = next((k for k in reversed(steps) if k != s and not damage(folder / f"step_{k:06d}")), None)
+        good = next((k for k in reversed(steps) if k != s and not damage(step_folder(folder, k))), None)
         todo = f"the newest whole one is step {good}: delete {path} and resume from there"
         raise NanochatError(f"damaged checkpoint: {bad}; {'none is whole, train again' if good is None else todo}")
     rest = read_state(path / "optimizer.safetensors")

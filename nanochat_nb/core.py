@@ -23,7 +23,7 @@ from .fetch import artefact_url, fetch, file_sha256
 from .kernels import causal_attention
 from .model import attention
 from .runtime import Metrics, barrier, broadcast_object, close_runtime, init_runtime, print0, read_metrics
-from .checkpoint import latest_step, steps_in
+from .checkpoint import latest_step, step_folder, steps_in
 from .engine import Engine
 from .evals import exam_rows, find_checkpoint, load_engine, markdown_table, stage_record, wilson, world_of
 
@@ -343,7 +343,7 @@ def examine(base: Path, stage: str, spec: str, tasks: list, done: dict, log: Met
     there, step = steps_in(folder), step or str(latest_step(folder))
     if step not in map(str, there):
         raise NanochatError(f"tag {spec!r}: {folder.name} has no step {step}; there are {', '.join(map(str, there))}")
-    meta, name = read_json(folder / f"step_{int(step):06d}" / "meta.json"), f"{stage} {folder.name}@{step}"
+    meta, name = read_json(step_folder(folder, int(step)) / "meta.json"), f"{stage} {folder.name}@{step}"
     model = f"{meta['files']['model.safetensors']['sha256']} {rt.dtype}"
     for t in tqdm(tasks, desc=name, leave=False, disable=None if rt.is_main else True):
         key, start = hashlib.sha256(f"{model} {t['hash']}".encode()).hexdigest()[:16], time.time()

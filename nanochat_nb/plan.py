@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HEADROOM', 'DEPTHS', 'CARDS', 'GPUS', 'MFU', 'CHARS_PER_TOKEN', 'CHARS_PER_SHARD', 'BYTES_PER_CHAR', 'measured_chars',
-           'micro_batch', 'tier_table', 'table', 'hours', 'disk_plan', 'expected_loss', 'worth', 'PlanSettings',
-           'advice', 'card', 'text_of', 'make_plan', 'sheet', 'main']
+           'peak_gb', 'micro_batch', 'tier_table', 'table', 'hours', 'disk_plan', 'expected_loss', 'worth',
+           'PlanSettings', 'advice', 'card', 'text_of', 'make_plan', 'run_line', 'sheet', 'main']
 
 # %% ../nbs/02d_plan.ipynb #b18b8fff
 import json, math
@@ -33,10 +33,15 @@ def measured_chars(base_dir: str = "", source: str = "") -> dict: # characters a
 # %% ../nbs/02d_plan.ipynb #4fd97980
 HEADROOM = 1.2  # measured peak over the formula 0.99 (d12, 32 rows, H200, bfloat16), and room for fragments
 
-def micro_batch(cfg: GPTConfig, gb: float, most: int = 64, n_gpu: int = 1) -> int: # a power of two; 0: none fits
-    "Most rows of one forward and backward pass that fit a card of `gb` GiB."
+def peak_gb(cfg: GPTConfig, rows: int, n_gpu: int = 1, shard: bool = False) -> float: # GiB
+    "Memory that one of `n_gpu` cards should have; with `shard` they split weights and gradients as well."
+    m = memory_bytes(cfg, rows, n_gpu=n_gpu)
+    return HEADROOM * (m["total"] - shard * (m["weights"] + m["gradients"]) * (1 - 1 / n_gpu)) / 2**30
+
+def micro_batch(cfg: GPTConfig, gb: float, most: int = 64, n_gpu: int = 1, shard: bool = False) -> int: # 0: none fits
+    "Most rows of one forward and backward pass, a power of two, that fit a card of `gb` GiB."
     rows = [2**i for i in range(most.bit_length())]
-    return max([r for r in rows if HEADROOM * memory_bytes(cfg, r, n_gpu=n_gpu)["total"] <= gb * 2**30], default=0)
+    return max([r for r in rows if peak_gb(cfg, r, n_gpu, shard) <= gb], default=0)
 
 # %% ../nbs/02d_plan.ipynb #6d3f1cb3
 DEPTHS, CARDS = (4, 8, 12, 16, 20, 26, 32), (8, 16, 24, 80)  # of the tables; cards in GiB
@@ -68,7 +73,7 @@ def disk_plan(
     cfg: GPTConfig, text_bytes: float,  # compressed shards
     cache_tokens: int = 0, # tokens written to a cache beforehand; 0: no cache
 ) -> dict:                 # bytes of every folder
-    "What stands on the disk at the end, one checkpoint a stage; while one is written there are two of its stage."
+    "What stands on the disk at the end, one checkpoint of each stage but reinforcement learning; no `save_every`."
     m = memory_bytes(cfg, 1)
     each = m["weights"] + m["optimizer"]
     return {"base_data": text_bytes, "tokenizer": 40 * cfg.vocab_size,
@@ -94,6 +99,7 @@ class PlanSettings:
     gpu: str = "h100"            # h200, h100, a100, h20, l40s, 4090, 3090, 4080, 4060
     n_gpu: int = 8               # how many
     vocab_size: int = 0          # tokens; 0: those of the tokenizer in place, else 65,536
+    shard: bool = False          # whether the GPUs split weights and gradients too, as pretraining can
     seq_len: int = 2048          # tokens a row
     ratio: float = 20.0          # training tokens a parameter
     batch_tokens: int = 524288   # tokens of one step
@@ -113,10 +119,15 @@ def advice(cfg: PlanSettings, p: dict, model: GPTConfig, gb: float) -> list[str]
     "What a reader of the plan should know or change."
     sizes, said = {d: config_from_depth(d, model.vocab_size, cfg.seq_len, cfg.arch) for d in range(1, cfg.depth)}, []
     if not p["micro_batch"]:
-        ways = [f"--depth {d} or " for d, c in sizes.items() if micro_batch(c, gb, n_gpu=cfg.n_gpu)][-1:] or [""]
-        said.append(f"not even one row of {cfg.seq_len} tokens fits {gb:g} GB; take {ways[0]}a larger card")
-    half = expected_loss(p["params"], p["tokens"] / 2) - expected_loss(p["params"], p["tokens"])
-    said.append(f"--ratio {cfg.ratio / 2:g} halves tokens, shards, hours and cost; loss about {half:+.2f} nats a token")
+        fits = lambda c, shard=cfg.shard: micro_batch(c, gb, n_gpu=cfg.n_gpu, shard=shard) > 0
+        half = config_from_depth(cfg.depth, model.vocab_size, max(1, cfg.seq_len // 2), cfg.arch)
+        ways = ["--shard True"] * fits(model, True) + [f"--seq_len {half.seq_len}"] * fits(half)
+        ways += [*[f"--depth {d}" for d, c in sizes.items() if fits(c)][-1:], "a larger card"]
+        said.append(f"not even one row of {cfg.seq_len} tokens fits {gb:g} GB; take {' or '.join(ways)}")
+    once = p["tokens"] / p["epochs"]                                # of the text; read again they are worth less
+    loss = [expected_loss(p["params"], worth(e, 1) * once) for e in (p["epochs"] / 2, p["epochs"])]
+    said.append(f"--ratio {cfg.ratio / 2:g} halves tokens{', shards' * (p['epochs'] <= 1)}, hours and cost; "
+                f"loss about {loss[0] - loss[1]:+.2f} nats a token")
     if p["epochs"] > 1:
         part = p["params"] / p["epochs"]                                     # a model of this size reads the text once
         enough = [f"d{d}" for d, c in sizes.items() if scaling_params(c) <= part][-1:] or ["not even d1"]
@@ -146,11 +157,14 @@ def text_of(cfg: PlanSettings) -> dict: # vocab_size, chars_per_token, measured,
 # %% ../nbs/02d_plan.ipynb #15b955a9
 def make_plan(cfg: PlanSettings) -> dict: # JSON-able; `advice` is a list of sentences
     "Everything that can be known before a run."
-    for k in ("n_gpu", "ratio", "mfu", "yuan"):
-        if getattr(cfg, k) <= 0: raise NanochatError(f"{k}={getattr(cfg, k)}: expected more than 0")
+    for k in ("n_gpu", "ratio", "mfu", "yuan", "n_chars", "chars_per_token", "memory_gb", "tflops", "price"):
+        v, some = getattr(cfg, k), k in ("n_gpu", "ratio", "mfu", "yuan")
+        if not (0 < v if some else 0 <= v) or v == math.inf:
+            raise NanochatError(f"{k}={v}: expected {'more than' if some else 'at least'} 0, and a finite number")
+    if cfg.mfu > 1: raise NanochatError(f"mfu={cfg.mfu}: expected a share of the peak, say 0.41")
     (gb, tflops, price), text = card(cfg), text_of(cfg)
     model = config_from_depth(cfg.depth, text["vocab_size"], cfg.seq_len, cfg.arch)
-    micro = micro_batch(model, gb, n_gpu=cfg.n_gpu)
+    micro = micro_batch(model, gb, n_gpu=cfg.n_gpu, shard=cfg.shard)
     run = sizes_of(cfg.depth, model.vocab_size, cfg.seq_len, arch=cfg.arch, ratio=cfg.ratio,
                    batch_tokens=cfg.batch_tokens, n_gpu=cfg.n_gpu, device_batch=micro or 1)
     chars = run.tokens * text["chars_per_token"]
@@ -161,10 +175,17 @@ def make_plan(cfg: PlanSettings) -> dict: # JSON-able; `advice` is a list of sen
     p |= dict(tables=count_params(model)["total"] - run.params, chars=round(chars), epochs=chars / on_disk, gpu=cfg.gpu,
               shards=math.ceil(on_disk / CHARS_PER_SHARD), n_gpu=cfg.n_gpu, micro_batch=micro and run.device_batch,
               accumulation=run.accumulation, hours=round(h, 2),
-              memory_gb=round(HEADROOM * memory_bytes(model, run.device_batch, n_gpu=cfg.n_gpu)["total"] / 2**30, 1),
+              memory_gb=round(peak_gb(model, run.device_batch, cfg.n_gpu, cfg.shard), 1),
               dollars=round(h * cfg.n_gpu * price, 2), yuan=round(h * cfg.n_gpu * price * cfg.yuan, 2),
               disk={k: round(v) for k, v in disk.items()}, disk_gb=round(sum(disk.values()) / 1e9, 2))
-    return p | dict(advice=advice(cfg, p, model, gb))
+    return p | dict(advice=run.notes + advice(cfg, p, model, gb))
+
+# %% ../nbs/02d_plan.ipynb #39a47b3a
+def run_line(cfg: PlanSettings, p: dict) -> str:
+    "The command that trains what was planned; what it leaves out is the same by default."
+    said = {k: p[k] for k in ("depth", "n_gpu", "vocab_size", "batch_tokens")} | dict(device_batch=p["micro_batch"])
+    said |= {k: v for k in ("arch", "seq_len", "ratio", "source", "base_dir", "shard") if (v := getattr(cfg, k))}
+    return "python -m nanochat_nb.pretrain " + " ".join(f"--{k} {v}" for k, v in said.items())
 
 # %% ../nbs/02d_plan.ipynb #39a47b3b
 def sheet(cfg: PlanSettings, p: dict) -> str:
@@ -179,9 +200,8 @@ def sheet(cfg: PlanSettings, p: dict) -> str:
             ("memory", f"{p['memory_gb']:g} GiB, {p['micro_batch']} rows, {p['accumulation']} times a step, "
                        f"on {p['n_gpu']} {p['gpu']}"),
             ("time", f"{p['hours']:,.2f} h at MFU {cfg.mfu:g}: an assumption (measured: {MFU}, d12, one h100)"),
-            ("cost", f"${p['dollars']:,.0f} / ¥{p['yuan']:,.0f} at ${card(cfg)[2]:g} a GPU-hour (yours: --price)")]
-    run = f"--depth {p['depth']} --n_gpu {p['n_gpu']} --device_batch {p['micro_batch']} --ratio {cfg.ratio:g}"
-    if p["micro_batch"]: rows.append(("run", f"python -m nanochat_nb.pretrain --arch {cfg.arch} {run}"))
+            ("cost", f"${p['dollars']:,.2f} / ¥{p['yuan']:,.2f} at ${card(cfg)[2]:g} a GPU-hour (yours: --price)")]
+    if p["micro_batch"]: rows.append(("run", run_line(cfg, p)))
     rows += [("disk", f"{p['disk_gb']:g} GB"), *((f"  {k}", f"{v / 1e9:.2f} GB") for k, v in p["disk"].items() if v)]
     return "\n".join([*(f"{k:19} {v}" for k, v in rows), *(f"note: {x}" for x in p["advice"]), "",
                       f"rows of a micro-batch by card, seq_len {cfg.seq_len}",

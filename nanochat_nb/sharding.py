@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from .settings import NanochatError
 
 # %% ../nbs/02f_sharding.ipynb #7bde8a72
 def share(
@@ -120,5 +121,9 @@ def whole_state(model: nn.Module) -> dict: # name → tensor; all ranks call it,
 def load_whole(model: nn.Module, state: dict):
     "Load such a state dict, the same on every rank; of a sharded model each rank takes its rows."
     if not any(map(sharded, model.parameters())): return model.load_state_dict(state)
-    for k, t in model.state_dict().items():
+    mine, shape = model.state_dict(), lambda ts, k: tuple(ts[k].shape) if k in ts else None
+    for k in {**mine, **state}:
+        if (a := shape(state, k)) != (b := shape(mine, k)):
+            raise NanochatError(f"{k} is {a} in the checkpoint and {b} in the model; train under another tag")
+    for k, t in mine.items():
         local(t).copy_(state[k][share(len(t))[0]] if sharded(t) else state[k])

@@ -119,10 +119,11 @@ def check_text(params: dict, base: Path) -> tuple[str, int]:  # what there is, b
 def check_tasks(params: dict, base: Path, get: bool = False) -> str:
     "Conversations, questions and exams: files here, names known, public sets within reach; `get` fetches them."
     ask = [(k, p[k]) for p in params.values() for k in ("conversations", "questions", "tasks") if type(p.get(k)) is str]
-    for k, x in [(k, x) for k, mix in ask for x, *_ in convert.parse_mix(mix)]:
+    for x in [x.strip() for k, names in ask if k == "tasks" for x in names.split(",")]:    # without counts
+        x in ("", "spelling") or tasks.find_task(x, "exam")
+    for k, x in [(k, x) for k, mix in ask if k != "tasks" for x, *_ in convert.parse_mix(mix)]:
         name, _, kinds = x.partition(":")
-        if k == "tasks": x == "spelling" or tasks.find_task(x, "exam")
-        elif name == "world":                                         # world:mcq+turns
+        if name == "world":                                         # world:mcq+turns
             known = world.CHATS if k == "conversations" else world.TASKS
             for kind in (kinds.split("+") if k == "conversations" else [kinds]) if kinds else []:
                 if kind not in known: raise NanochatError(f"{k}: the world has no {kind!r}{did_you_mean(kind, known)}")
@@ -178,7 +179,7 @@ def check_gpu(params: dict) -> str:
                             "take configs/tiny.yaml, or insist with --device cpu")
     if kind != "cuda": return f"{n} × {kind}"
     gb = torch.cuda.get_device_properties(0).total_memory / 2**30
-    rows = micro_batch(model, gb, n_gpu=n)
+    rows = micro_batch(model, gb, n_gpu=n, shard=cfg.shard)
     more = f"; {rows} rows fit by plan, {cfg.device_batch} asked" * (rows < cfg.device_batch)
     return f"{n} of {there} × {gb:.0f} GiB{more}"
 
@@ -295,7 +296,8 @@ def run_steps(params: dict, out: Path, base: Path, cfg: SpeedrunSettings, live: 
     for s, p in params.items():
         was = state.get(s, {}) if state.get(s, {}).get("print") == prints[s] else {}
         if cfg.only not in ("", s): continue
-        saved = s in TRAIN and checkpoints(base, TRAIN[s], tag_of(p))
+        saved = [c for c in (checkpoints(base, TRAIN[s], tag_of(p)) if s in TRAIN else ())   # not an earlier run's
+                 if (c / "latest").stat().st_mtime >= was.get("began", 0)]
         if was.get("done") and not cfg.only and (saved or s not in TRAIN):
             live.say(f"{s}: done before, same parameters and inputs: skipped")
             continue
@@ -303,7 +305,8 @@ def run_steps(params: dict, out: Path, base: Path, cfg: SpeedrunSettings, live: 
         if again: live.say(f"{s}: was interrupted, resumes from its last checkpoint")
         elif s in state and not was: live.say(f"{s}: parameters or inputs changed, runs again")
         elif s in TRAIN and was and not saved: live.say(f"{s}: there is no checkpoint (save_every), begins again")
-        state[s] = {"print": prints[s], "done": False, "base": str(base).removeprefix(f"{out}/"), "parameters": p}
+        state[s] = {"print": prints[s], "done": False, "base": str(base).removeprefix(f"{out}/"), "parameters": p,
+                    "began": was["began"] if again else time.time()}
         write_json(book, state)
         state[s] |= {"seconds": round(run_step(s, p | again, out, base, cfg.notebooks, live), 1), "done": True}
         write_json(book, state)

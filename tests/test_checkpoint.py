@@ -1,7 +1,7 @@
 "Killed at every point of a save, a full disk: the checkpoints stay whole."
 import os, resource, signal
 from pathlib import Path
-import torch
+import pytest, torch
 from nanochat_nb import checkpoint
 from nanochat_nb.checkpoint import *
 from nanochat_nb.settings import NanochatError
@@ -46,10 +46,56 @@ def test_killed_at_every_point_of_a_save(tmp_path, monkeypatch):
     assert len(seen) > 10 and set(seen) == {1, 2}
 
 def test_saving_the_same_step_again_survives_a_kill(tmp_path, monkeypatch):
-    "Between moving the old folder away and the new one in, the pointer names nothing: the step before is found."
-    for s in (1, 2): save_checkpoint(tmp_path, s, {"w": torch.full((200,), float(s))})
-    (tmp_path / "step_000002").rename(tmp_path / ".step_000002.old")
-    assert value_at(tmp_path) == 1
+    "Between moving the old folder away and the new one in: what was being replaced is found, also where it is the only one."
+    for s in (1, 2): save_checkpoint(tmp_path / f"{s}", s, {"w": torch.full((200,), float(s))}, keep=1)
+    save_checkpoint(tmp_path / "2", 1, {"w": torch.ones(200)}, keep=0)
+    for s in ("1", "2"): (tmp_path / s / f"step_00000{s}").rename(tmp_path / s / f".step_00000{s}.old")
+    assert value_at(tmp_path / "1") == 1
+    assert latest_step(tmp_path / "2") == 1 and steps_in(tmp_path / "2") == [1, 2]        # `latest` named 1
+    save_checkpoint(tmp_path / "1", 1, {"w": torch.full((200,), 1.)})
+    save_checkpoint(tmp_path / "1", 3, {"w": torch.full((200,), 3.)})
+    assert sorted(p.name for p in (tmp_path / "1").iterdir()) == ["latest", "step_000001", "step_000003"]
+    big, before = {"w": torch.zeros(100)}, value_at(tmp_path / "1")
+    def full(*a, **kw): raise OSError(28, "No space left on device")
+    real, n = Path.rename, []                                         # the second rename fails: the first is taken back
+    def sometimes(self, to): n.append(1); return full() if len(n) == 2 else real(self, to)
+    monkeypatch.setattr(Path, "rename", sometimes)
+    with pytest.raises(NanochatError, match="step 3 is still whole"): save_checkpoint(tmp_path / "1", 3, big)
+    monkeypatch.undo()
+    assert value_at(tmp_path / "1") == before
+
+@pytest.mark.parametrize("keep", range(1, 7))
+def test_as_many_are_kept_as_was_said(tmp_path, keep):
+    for s in range(12): save_checkpoint(tmp_path, s, {"w": torch.zeros(1)}, keep=keep)
+    assert steps_in(tmp_path) == list(range(12 - keep, 12))
+    save_checkpoint(tmp_path, 5, {"w": torch.zeros(1)}, keep=2)                # gone back: the later ones were given up
+    assert steps_in(tmp_path) == [5, 11] and latest_step(tmp_path) == 5
+
+def test_two_runs_do_not_save_into_each_other(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, 1, {"w": torch.ones(1)})
+    real, said = checkpoint.write_state, []
+    def other(*a):
+        monkeypatch.setattr(checkpoint, "write_state", real)
+        with pytest.raises(NanochatError, match="another run saves in"): save_checkpoint(tmp_path, 2, {"w": torch.zeros(1)})
+        said.append(1); real(*a)
+    monkeypatch.setattr(checkpoint, "write_state", other)
+    save_checkpoint(tmp_path, 2, {"w": torch.full((1,), 2.)})
+    assert said and load_checkpoint(tmp_path)[1]["w"].item() == 2
+
+def test_a_changed_page_and_a_lost_pointer_are_told(tmp_path, capsys):
+    for s in (1, 2): save_checkpoint(tmp_path, s, {"w": torch.ones(1)}, meta={"row": 9600})
+    page = tmp_path / "step_000002/meta.json"
+    for old, new in (("9600", "1600"), ('"files"', '"fils"')):
+        text = page.read_text(); page.write_text(text.replace(old, new))
+        with pytest.raises(NanochatError, match="damaged checkpoint: .*meta.json.*step 1"): load_checkpoint(tmp_path)
+        page.write_text(text)
+    (tmp_path / "latest").write_text("step_000009\n")
+    assert load_checkpoint(tmp_path)[0] == 2 and "names 'step_000009', which is not there; going on from step 2" in capsys.readouterr().out
+
+@pytest.mark.parametrize("state, says", [({"a": {"b": torch.ones(1)}, "a.b": torch.zeros(1)}, "two tensors are called 'optimizer.a.b'"),
+                                         ({0: torch.ones(1), "0": torch.zeros(1)}, "two tensors"), ({"x": torch.Size([1])}, "is a Size"), ({(1, 2): 3}, "such keys")])
+def test_a_state_that_would_not_come_back_is_refused(tmp_path, state, says):
+    with pytest.raises(NanochatError, match=says): save_checkpoint(tmp_path, 1, {"w": torch.ones(1)}, state)
 
 def test_full_disk(tmp_path):
     "A file cannot grow beyond the limit: one clear error, nothing left behind, the last checkpoint whole."

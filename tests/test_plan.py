@@ -2,11 +2,12 @@
 import json, os, subprocess, sys
 import pytest
 from nanochat_nb.data import DataSettings, prepare, read_manifest
-from nanochat_nb.model import config_from_depth, count_params, memory_bytes
+from nanochat_nb.model import config_from_depth, count_params, memory_bytes, scaling_params
 from nanochat_nb.plan import *
+from nanochat_nb.optim import plan as sizes_of
 from nanochat_nb.plan import GPUS, HEADROOM
-from nanochat_nb.pretrain import PretrainSettings
-from nanochat_nb.settings import from_flags
+from nanochat_nb.pretrain import PretrainSettings, fill
+from nanochat_nb.settings import NanochatError, from_flags
 from nanochat_nb.tokenizer import TokenizerSettings, prepare_tokenizer
 
 def command(base, *flags):
@@ -90,3 +91,54 @@ def test_four_epochs_are_nearly_as_good_as_new_text_and_forty_are_not():
     assert worth(100, 50) == pytest.approx(50 * worth(2, 1))
     n = count_params(config_from_depth(20))["total"]
     assert expected_loss(n, 10 * n) > expected_loss(n, 20 * n) > expected_loss(2 * n, 20 * n)
+
+@pytest.mark.parametrize("kw", [dict(depth=4, gpu="4060", n_gpu=1), dict(depth=12, seq_len=512, gpu="4080", n_gpu=1, ratio=5.), dict()])
+def test_the_command_it_prints_trains_what_it_planned(kw):
+    cfg = PlanSettings(**kw); p = make_plan(cfg)
+    line, = [l for l in sheet(cfg, p).splitlines() if l.startswith("run")]
+    run = fill(from_flags(PretrainSettings, line.split("nanochat_nb.pretrain ")[1].split()))
+    model = config_from_depth(run.depth, run.vocab_size, run.seq_len, run.arch)
+    tokens = round(run.ratio * scaling_params(model))
+    assert scaling_params(model) == p["params"] and run.batch_tokens == p["batch_tokens"] and run.n_gpu == p["n_gpu"]
+    assert abs(tokens // run.batch_tokens - p["steps"]) <= 1 and micro_batch(model, cfg.memory_gb or GPUS[cfg.gpu][0], n_gpu=run.n_gpu) >= run.device_batch
+
+@pytest.mark.parametrize("kw", [dict(tflops=-5.), dict(price=-1.), dict(memory_gb=-1.), dict(n_chars=-10), dict(chars_per_token=-1.), dict(mfu=41.),
+                                dict(ratio=float("inf")), dict(mfu=float("nan"))])
+def test_numbers_that_cannot_be_are_named(kw):
+    with pytest.raises(NanochatError, match=f"{list(kw)[0]}="): make_plan(PlanSettings(**kw))
+
+def test_advice_on_text_that_is_short_and_on_what_was_rounded():
+    short, long = (" ".join(make_plan(PlanSettings(n_chars=n, batch_tokens=100000))["advice"]) for n in (10**9, 10**12))
+    assert "halves tokens, hours" in short and "halves tokens, shards, hours" in long and "batch_tokens 100,000 →" in short
+
+def test_what_does_not_fit_a_card_is_split_over_several_before_a_larger_one_is_bought():
+    cfg = dict(depth=26, gpu="4090", vocab_size=65536)                     # modern, 8 cards of 24 GB
+    whole, split = make_plan(PlanSettings(**cfg)), make_plan(PlanSettings(**cfg, shard=True))
+    assert whole["micro_batch"] == 0 and "take --shard True or --depth" in whole["advice"][0]
+    assert split["micro_batch"] > 0 and split["memory_gb"] <= 24 and not any("not even" in x for x in split["advice"])
+    line = run_line(PlanSettings(**cfg, shard=True), split)
+    assert from_flags(PretrainSettings, line.split("nanochat_nb.pretrain ")[1].split()).shard
+    alone = make_plan(PlanSettings(**cfg | dict(n_gpu=1)))                 # nobody to share with
+    assert "--shard" not in alone["advice"][0] and peak_gb(config_from_depth(4), 1) == peak_gb(config_from_depth(4), 1, 1, True)
+
+def test_a_shorter_row_is_advised_where_it_fits():
+    cfg = dict(depth=4, arch="classic", n_gpu=1, seq_len=65536, vocab_size=1024)
+    need = [peak_gb(config_from_depth(4, 1024, t, "classic"), 1) for t in (32768, 65536)]
+    said = make_plan(PlanSettings(**cfg, memory_gb=sum(need) / 2))["advice"]
+    assert any("take --seq_len 32768 or" in x for x in said), said
+
+@pytest.mark.parametrize("kw", [dict(depth=4, n_gpu=1), dict(batch_tokens=100_000, ratio=7.123456789), dict(depth=26, gpu="4090", shard=True)])
+def test_the_printed_command_has_the_planned_steps_exactly(kw, base):
+    cfg = PlanSettings(**kw, base_dir=base, source="world", vocab_size=65536); p = make_plan(cfg)
+    run = fill(from_flags(PretrainSettings, run_line(cfg, p).split("nanochat_nb.pretrain ")[1].split()))
+    made = sizes_of(run.depth, run.vocab_size, run.seq_len, arch=run.arch, ratio=run.ratio, batch_tokens=run.batch_tokens,
+                    n_gpu=run.n_gpu, device_batch=run.device_batch)
+    for k in ("params", "tokens", "steps", "batch_tokens", "accumulation"): assert getattr(made, k) == p[k], k
+    assert (made.device_batch, run.base_dir, run.source) == (p["micro_batch"], base, "world")
+
+def test_the_loss_of_half_the_ratio_counts_repeated_text_at_its_worth():
+    p = make_plan(PlanSettings(vocab_size=65536, chars_per_token=4.8, n_chars=10**9))
+    once = p["tokens"] / p["epochs"]
+    lost = expected_loss(p["params"], worth(p["tokens"] / 2, once)) - expected_loss(p["params"], worth(p["tokens"], once))
+    assert p["epochs"] > 40 and any(f"loss about {lost:+.2f} nats" in x for x in p["advice"])
+    assert lost < 0.5 * (expected_loss(p["params"], p["tokens"] / 2) - expected_loss(p["params"], p["tokens"]))    # all new

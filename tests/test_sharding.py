@@ -3,6 +3,7 @@ import pytest, torch, torch.distributed as dist, torch.multiprocessing as mp
 from nanochat_nb.model import GPT, config_from_depth
 from nanochat_nb.optim import make_optimizer, set_schedule
 from nanochat_nb.runtime import close_runtime
+from nanochat_nb.settings import NanochatError
 from nanochat_nb.sharding import load_whole, local, shard_model, share, whole_state
 
 def make(arch, split, dtype=torch.float32):
@@ -40,6 +41,10 @@ def _rank(rank, world, folder, arch):
         for i, s in state.items():
             for k, v in s.items(): assert (shares[i][k] - v).norm() <= 5e-3 * v.norm()
         assert held < 0.8 * whole
+    right = sent[0][0]
+    for bad, says in ((right | {"wte.weight": torch.zeros(80, 192)}, r"wte.weight is \(80, 192\)"), (right | {"more": torch.zeros(1)}, "more is"),
+                      ({k: v for k, v in right.items() if k != "head.weight"}, "head.weight is None")):
+        with pytest.raises(NanochatError, match=says): load_whole(model, bad)
     low = make(arch, True, torch.bfloat16)
     assert abs(steps(*low, range(5), rank, world, torch.bfloat16) - seen[True][0]) < 0.05
     if world == 2:

@@ -108,7 +108,7 @@ def test_what_the_roll_call_sees(tmp_path, monkeypatch):
     assert "mine.jsonl" in stops(p | {"sft": dict(conversations="world,mine.jsonl:500")}, tmp_path, "tasks")[0]
     for key, mix, said in (("conversations", "world:mcq+turms:9", "did you mean 'turns'"), ("conversations", "smoltlk:x2", "did you mean 'smoltalk'"),
                            ("conversations", "me.yaml:300", "me.yaml does not exist"), ("questions", "world:arithmetc", "did you mean 'arithmetic'"),
-                           ("questions", "gsm8k", "files cannot be reached: "), ("questions", "mmlu", "mmlu does not exist"), ("tasks", "arc-easy,arc-esy", "'arc-esy' is no exam"),
+                           ("questions", "gsm8k", "files cannot be reached: "), ("questions", "mmlu", "mmlu does not exist"), ("tasks", "arc-easy,arc-esy", "'arc-esy' is no exam"), ("tasks", "arc-easy:100", "'arc-easy:100' is no exam"),
                            ("tasks", str(Path(__file__)), "is no exam"), ("tasks", "identity", "'identity' is no exam")):
         assert said in stops(p | {"sft": {key: mix}}, tmp_path, "tasks")[0]
     assert not stops(p | {"sft": dict(conversations="world:fact+mcq:500,identity:500,spelling:x2")}, tmp_path, "tasks")
@@ -258,6 +258,16 @@ def test_one_step_alone_ends_well_and_shows_no_old_card(steps, capsys):
     assert [*steps("--only", "sft")] == ["sft"] and said() == []
     assert [*steps("--only", "eval")] == ["eval"] and said() == ["THE CARD"]
     assert [*steps("--resume")] == [] and said() == ["THE CARD", "THE TALK"]
+
+def test_a_changed_step_that_was_killed_early_does_not_take_the_old_checkpoint(steps, tmp_path, monkeypatch):
+    steps()
+    os.utime(tmp_path/"out/base/sft_checkpoints/d1/latest", (1e9, 1e9))          # long ago
+    step = speedrun.run_step
+    def killed(s, *a): raise KeyboardInterrupt
+    monkeypatch.setattr(speedrun, "run_step", killed)
+    with pytest.raises(KeyboardInterrupt): steps("--resume", "--sft.epochs", "2")
+    monkeypatch.setattr(speedrun, "run_step", step)
+    assert steps("--resume", "--sft.epochs", "2") == {"sft": False, "eval": False}
 
 def test_a_run_knows_its_base_folder_and_its_checkpoints(steps, tmp_path, capsys):
     steps()
