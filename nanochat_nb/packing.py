@@ -64,7 +64,7 @@ def _choose(self: Packer, room: int) -> int:
 # %% ../nbs/01b_packing.ipynb #7bdc674a
 @patch
 def row(self: Packer,
-    cut: bool = True,  # where nothing fits, cut the longest; else leave the room empty
+    cut: bool = True,  # where nothing fits, cut the oldest of the longest class; else leave the room empty
 ) -> list:             # of (place, payload, first token, tokens without bos)
     "The next row."
     while self.queue and not self.queue[0][1]: self.queue.popleft()
