@@ -800,6 +800,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'nanochat_nb.server.post': ('server.html#post', 'nanochat_nb/server.py'),
                                     'nanochat_nb.server.read_body': ('server.html#read_body', 'nanochat_nb/server.py'),
                                     'nanochat_nb.server.read_request': ('server.html#read_request', 'nanochat_nb/server.py'),
+                                    'nanochat_nb.server.serve': ('server.html#serve', 'nanochat_nb/server.py'),
                                     'nanochat_nb.server.usage': ('server.html#usage', 'nanochat_nb/server.py'),
                                     'nanochat_nb.server.whole': ('server.html#whole', 'nanochat_nb/server.py')},
             'nanochat_nb.settings': { 'nanochat_nb.settings.NanochatError': ('settings.html#nanochaterror', 'nanochat_nb/settings.py'),

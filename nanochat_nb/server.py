@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MAX_BODY', 'PAGE', 'Worker', 'deliver', 'at_stop', 'post', 'answer', 'ServerSettings', 'read_request', 'completion',
-           'usage', 'events', 'Refused', 'read_body', 'whole', 'make_app', 'enter', 'api_key', 'add_api', 'main']
+           'usage', 'events', 'Refused', 'read_body', 'whole', 'make_app', 'enter', 'api_key', 'add_api', 'serve',
+           'main']
 
 # %% ../nbs/08a_server.ipynb #06b6c559
-import asyncio, contextlib, functools, hmac, json, os, socket, sys, threading, time, uuid, weakref
+import asyncio, contextlib, importlib.util, functools, hmac, json, os, socket, sys, threading, time, uuid, weakref
 from collections import deque
 from dataclasses import dataclass
 from fastcore.basics import patch
@@ -75,14 +76,16 @@ def _work(self: Worker):
     with self.more: self.closed, left = True, [*self.running, *self.waiting]
     self.post(deliver, [(q, [], "error") for q in left])
 
+# %% ../nbs/08a_server.ipynb #5e1a7d11
 @patch
 def close(self: Worker):
     "Let the running requests go, and end the thread."
     with self.more:
-        self.closed = True
-        for q in [*self.running, *self.waiting]: q.ended = q.ended or "cancelled"
+        self.closed, left = True, [q for q in (*self.running, *self.waiting) if not q.ended]
+        for q in left: q.ended = "cancelled"
         self.more.notify()
     self.thread.join()
+    self.post(deliver, [(q, [], "cancelled") for q in left])
 
 # %% ../nbs/08a_server.ipynb #47d8952b
 def at_stop(
@@ -91,7 +94,7 @@ def at_stop(
 ) -> tuple[str, str, bool]: # what may be shown, what may yet become a stop string, whether one was met
     "Cut a text where the stop string begins that is whole first, however many characters come at a time."
     if hits := [(i + len(s), i) for s in stops if (i := text.find(s)) >= 0]: return text[:min(hits)[1]], "", True
-    n = max((n for s in stops for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+    n = max((n for s in stops for n in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:n])), default=0)
     return text[:len(text) - n], text[len(text) - n:], False
 
 # %% ../nbs/08a_server.ipynb #c7a5f3a5
@@ -197,7 +200,7 @@ MAX_BODY = 1_000_000  # bytes of a request
 
 async def read_body(request):
     "The JSON of a request of limited size; only what says it is JSON, which a page elsewhere cannot send unasked."
-    if "application/json" not in request.headers.get("content-type", "").lower():
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Refused(415, "not_json", "send the request as content-type application/json")
     data, part = b"", {"more_body": True}
     while part.get("more_body"):
@@ -358,27 +361,36 @@ PAGE = ('<!doctype html><html><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1"><title>nanochat-nb</title>'
         f"<style>{_STYLE}</style></head><body>{_BODY}<script>{_SCRIPT}{_REPLY}</script></body></html>")
 
+# %% ../nbs/08a_server.ipynb #5e1a7d10
+def serve(app, worker: Worker, s: socket.socket):
+    "Serve on an open socket until interrupted; answers are ended first, or their tasks would be torn down."
+    import uvicorn
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets=None):
+            await asyncio.to_thread(worker.close)
+            await super().shutdown(sockets)
+    with s, contextlib.suppress(KeyboardInterrupt):
+        Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3)).run(sockets=[s])
+
 # %% ../nbs/08a_server.ipynb #c2bc909c
 def main(cfg: ServerSettings):
     "Serve a trained model until interrupted."
-    try: import uvicorn
-    except ImportError:
+    if not importlib.util.find_spec("uvicorn"):
         raise NanochatError("the server needs fastapi and uvicorn: pip install 'nanochat-nb[serve]'") from None
-    for name in ("rows", "max_tokens"):
-        if getattr(cfg, name) < 1: raise NanochatError(f"{name}={getattr(cfg, name)}: expected at least 1")
+    for name, least in dict(rows=1, max_tokens=1, queue=0).items():
+        if getattr(cfg, name) < least: raise NanochatError(f"{name}={getattr(cfg, name)}: expected at least {least}")
     try: s = socket.create_server((cfg.host, cfg.port), family=socket.AF_INET6 if ":" in cfg.host else socket.AF_INET)
     except (OSError, OverflowError) as e:
         raise NanochatError(f"{cfg.host}:{cfg.port}: {e}; choose another --port") from None
     engine = load_engine(cfg.base_dir, cfg.stage, cfg.tag, init_runtime(cfg.device, cfg.dtype))
     engine.compile, engine.int8 = cfg.compile, cfg.int8
+    engine.requests([[engine.tok.bos_id]], 1, cfg.temperature, cfg.top_k or None)      # an error for what cannot be
     worker = Worker(engine, cfg.rows)
     if cfg.host not in ("127.0.0.1", "localhost", "::1") and not api_key(cfg):
         print("warning: anyone who reaches this address may use it; set --api_key", file=sys.stderr)
     app = make_app(worker, cfg, cfg.tag or f"nanochat-d{engine.model.cfg.n_layer}")
     print(f"http://{cfg.host}:{s.getsockname()[1]}  (stop with Ctrl-C)", flush=True)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3))
-    try:
-        with s, contextlib.suppress(KeyboardInterrupt): server.run(sockets=[s])
+    try: serve(app, worker, s)
     finally: worker.close()
 
 if __name__ == "__main__" and "get_ipython" not in globals(): run_main(main, ServerSettings)

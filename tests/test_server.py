@@ -209,6 +209,23 @@ def test_a_guest_who_leaves_while_asking():
     with pytest.raises(Refused) as e: asyncio.run(read_body(asked))
     assert e.value.status == 499
 
+@pytest.mark.parametrize("kind", ["text/plain", "text/plain; application/json", "text/plain; x=application/json", ""])
+def test_what_a_page_elsewhere_can_send_unasked_is_refused(site, kind):
+    r = httpx.post(site.url + "/v1/chat/completions", content=json.dumps({"messages": ASK}), headers={"Content-Type": kind}, timeout=60)
+    assert r.status_code == 415
+
+def test_a_long_stop_string_costs_no_more_than_what_is_held():
+    began = time.perf_counter()
+    for i in range(100): assert at_stop("some text", ["z" * 900_000]) == ("some text", "", False)
+    assert time.perf_counter() - began < 1
+
+def test_whoever_is_waiting_hears_of_the_end(site):
+    for delay in (0, .002, .01, .05):
+        worker, told = Worker(site.worker.engine, 2), []
+        for i in range(5): worker.submit(Request([1], 400, tools=False), lambda new, ended, i=i: told.append(i) if ended else None)
+        time.sleep(delay); worker.close()
+        assert {*told} == {*range(5)}, delay
+
 def test_odd_requests_get_a_sentence_not_a_crash(site):
     def post(extra): return httpx.post(site.url + "/v1/chat/completions", content=extra, headers={"Content-Type": "application/json"}, timeout=60)
     talk = '{"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, '
