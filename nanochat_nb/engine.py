@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['N_FORCED', 'Slots', 'Fill', 'spelled_attention', 'Next', 'decode_step', 'compiled_step', 'Request', 'Engine',
-           'Frozen', 'frozen_copy', 'Batch', 'packing', 'Reader']
+           'Frozen', 'frozen_copy', 'Batch', 'packing', 'token_ids', 'Reader']
 
 # %% ../nbs/05_engine.ipynb #97b1edcf
-import functools, threading, warnings
+import functools, numbers, operator, threading, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -141,7 +141,7 @@ class Engine:
             raise NanochatError(f"the model has vocab_size={model.cfg.vocab_size}, the tokenizer "
                                 f"{tokenizer.vocab_size}; load the tokenizer that the model was trained with")
         self.model, self.tok, self.seq_len, self.compile, self.int8 = model, tokenizer, model.cfg.seq_len, compile, int8
-        rt, self.fast, self.idle, self.pack = runtime, None, {}, True
+        rt, self.what, self.idle, self.pack = runtime, None, {}, True
         self.device, self.autocast = (torch.device(rt.device), rt.autocast) if rt else (model.device, nullcontext)
         self.stop, self.call = {tokenizer.special("assistant_end"), tokenizer.bos_id}, tokenizer.special("python_end")
         self.chunk, self.ahead = (8, True) if self.device.type == "cuda" else (1, False)  # steps a look; run on?
@@ -186,20 +186,24 @@ def frozen_copy(model, dtype: torch.dtype, int8: bool):
             if isinstance(part, nn.Linear): setattr(m, name, Frozen([part], dtype, int8))
     return new
 
+# %% ../nbs/05_engine.ipynb #15d6f20a
 @patch
 def _refresh(self: Engine):
     "The weights to decode with, brought up to date: a copy, or the model's own in float32 where that is as fast."
-    own = self.dtype == torch.float32 and not (self.compile and self.device.type == "cpu")
-    if own and not self.int8: self.fast = self.model; return
-    version = [p._version for p in self.model.parameters()]
-    new = self.fast in (None, self.model)
-    if not new and self.device.type == "cpu" and self.pack and version != self.version:
-        new, self.pack, self.idle = True, False, {}                 # compiled code may hold the old copy: no more so
-    if new: self.fast, self.version = frozen_copy(self.model, self.dtype, self.int8), None
-    if version != self.version:
+    cpu, weights = self.device.type == "cpu", [*self.model.parameters()]
+    own = self.dtype == torch.float32 and not (self.compile and cpu or self.int8)
+    version = [0 if own else p._version for p in weights]
+    what = self.model, self.dtype, self.int8, self.compile, [(id(p), p.data_ptr()) for p in weights]
+    new = what != self.what
+    if not new and cpu and self.pack and version != self.version:
+        new, self.pack = True, False                                # compiled code may hold the old copy: no more so
+    if new:
+        self.what, self.version, self.idle = what, None, {}
+        self.fast = self.model if own else frozen_copy(self.model, self.dtype, self.int8)
+    if not own and version != self.version:
         for m in self.fast.modules():
             if isinstance(m, Frozen): m.refresh()
-        self.version = version
+    self.version = version
 
 # %% ../nbs/05_engine.ipynb #c378c5e0
 class Batch:
@@ -238,7 +242,8 @@ def admit(self: Batch, requests: list[Request]):
     for r, q in rows.items(): self.requests[r] = q
     self.place({r: [] for r in rows})
     i = torch.tensor([*rows], device=d)
-    self.options[i] = torch.tensor([[q.temperature, min(q.top_k or V, V), q.top_p or 1.] for q in requests], device=d)
+    options = [[q.temperature, min(q.top_k or V, V), q.top_p or 1.] for q in requests]
+    self.options[i] = torch.tensor(options, device=d, dtype=torch.float)
     size = lambda r: (len(rows[r].prompt) - 1).bit_length()
     for n, group in groupby(sorted(rows, key=size), key=size):
         if not n: continue                                            # a prompt of one token needs no prefill
@@ -379,28 +384,41 @@ def resize(self: Batch, n: int):
     s.k, s.v = ([x[rows] for x in kv] for kv in (s.k, s.v))
     self.state, self.options, self.out = (x[rows] for x in (self.state, self.options, self.out))
 
+# %% ../nbs/05_engine.ipynb #9f043d15
+def token_ids(name: str, ids, tokenizer) -> list[int]:
+    "Ids as whole numbers of the vocabulary; an error names what is something else."
+    try: ids = [operator.index(t) for t in ids]
+    except TypeError: raise NanochatError(f"{name}: expected token ids; tokenizer.encode makes them of text") from None
+    if ids and (min(ids) < 0 or max(ids) >= tokenizer.vocab_size):
+        raise NanochatError(f"{name} holds a token id outside 0…{tokenizer.vocab_size - 1}; "
+                            "encode it with the model's tokenizer")
+    return ids
+
 # %% ../nbs/05_engine.ipynb #9f043d16
 @patch
 def check(self: Engine, q: Request, name: str = "prompt"):
     "Errors for what no model can do."
-    for field, good, want in (("max_tokens", q.max_tokens >= 0, "at least 0"),
-                              ("temperature", 0 <= q.temperature < float("inf"), "0 (greedy) or more"),
-                              ("top_k", q.top_k is None or q.top_k >= 1, "at least 1, or None for all"),
-                              ("top_p", q.top_p is None or 0 < q.top_p <= 1, "more than 0 and at most 1")):
-        if not good: raise NanochatError(f"{field}={getattr(q, field)}: expected {want}")
+    whole, real = numbers.Integral, numbers.Real
+    for field, kind, good, want in (
+        ("max_tokens", whole, lambda v: v >= 0, "a whole number of at least 0"),
+        ("temperature", real, lambda v: 0 <= v < float("inf"), "0 (greedy) or more"),
+        ("top_k", whole | None, lambda v: v is None or v >= 1, "a whole number of at least 1, or None for all"),
+        ("top_p", real | None, lambda v: v is None or 0 < v <= 1, "more than 0 and at most 1, or None for all"),
+        ("seed", whole, lambda v: True, "a whole number"),
+    ):
+        v = getattr(q, field)
+        if not isinstance(v, kind) or not good(v): raise NanochatError(f"{field}={v!r}: expected {want}")
+    q.prompt = token_ids(name, q.prompt, self.tok)
     if not q.prompt: raise NanochatError(f"{name} is empty; begin it with the bos token")
     if len(q.prompt) > self.seq_len:
         raise NanochatError(f"{name} has {len(q.prompt)} tokens, more than the model's context "
                             f"(seq_len={self.seq_len}); shorten it")
-    if min(q.prompt) < 0 or max(q.prompt) >= self.tok.vocab_size:
-        raise NanochatError(f"{name} holds a token id outside 0…{self.tok.vocab_size - 1}; "
-                            "encode it with the model's tokenizer")
     return q
 
 # %% ../nbs/05_engine.ipynb #fe837be7
 def _each(name: str, value, n: int) -> list:
     "A value for each of n rows."
-    values = [value] * n if value is None or isinstance(value, (int, float)) else list(value)
+    values = [value] * n if value is None or isinstance(value, numbers.Real) else list(value)
     if len(values) != n: raise NanochatError(f"{len(values)} {name}s for {n} prompts: give one a row, or one number")
     return values
 
@@ -408,11 +426,11 @@ def _each(name: str, value, n: int) -> list:
 def requests(self: Engine, prompts, max_tokens=256, temperature=1.0, top_k=None, top_p=None, seed=0, stop=None,
              tools=True) -> list[Request]:
     "A checked request for each prompt; arguments as for `generate`."
-    if isinstance(seed, int): seed = [seed + r for r in range(len(prompts))]
+    if isinstance(seed, numbers.Integral): seed = [seed + r for r in range(len(prompts))]
     names = ("temperature", "top_k", "top_p", "seed")
     columns = zip(*(_each(k, v, len(prompts)) for k, v in zip(names, (temperature, top_k, top_p, seed))))
-    stop = None if stop is None else set(stop)
-    todo = [Request(list(p), max_tokens, *own, stop=stop, tools=tools) for p, own in zip(prompts, columns)]
+    stop = None if stop is None else set(token_ids("stop", stop, self.tok))
+    todo = [Request(p, max_tokens, *own, stop=stop, tools=tools) for p, own in zip(prompts, columns)]
     for i, q in enumerate(todo): self.check(q, f"prompt {i}")
     return todo
 
@@ -516,11 +534,9 @@ def score(self: Engine,
 ) -> list[tuple[float, int]]:                  # (log-likelihood of the continuation in nats, its number of tokens)
     "How likely each continuation is after its prompt."
     if batch_size < 1: raise NanochatError(f"batch_size={batch_size}: expected at least 1")
+    pairs = [tuple(token_ids(f"pair {i}", ids, self.tok) for ids in pair) for i, pair in enumerate(pairs)]
     for i, (p, c) in enumerate(pairs):
         if not p: raise NanochatError(f"pair {i} has an empty prompt; begin it with the bos token")
-        if min(p + c) < 0 or max(p + c) >= self.tok.vocab_size:
-            raise NanochatError(f"pair {i} holds a token id outside 0…{self.tok.vocab_size - 1}; "
-                                "encode it with the model's tokenizer")
         if len(p) + len(c) > self.seq_len + 1:
             raise NanochatError(f"pair {i} has {len(p) + len(c)} tokens, the model scores at most {self.seq_len + 1}; "
                                 "shorten its prompt")

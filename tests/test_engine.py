@@ -126,6 +126,31 @@ def test_int8_is_close_and_follows_the_model(tok):
     assert ((got - w).abs().amax(1) <= w.abs().amax(1) / 127).all()
     assert sum(isinstance(m, Frozen) for m in small.fast.modules()) == 4 * 2 + 1    # q, k and v are one
 
+@pytest.mark.parametrize("how", [{}, dict(int8=True), dict(compile=True)])
+def test_other_weights_are_noticed_however_they_came(tok, how):
+    import shutil
+    if how == dict(compile=True) and not (shutil.which("g++") or shutil.which("clang++")): pytest.skip("no C++ compiler")
+    prompts = [[tok.bos_id] * n for n in (1, 3, 20, 9, 2, 2)]
+    def make(seed): return vars(e := make_engine(tok, seed=seed)).update(how) or e
+    def says(e): return e.generate(prompts, 20, temperature=0, tools=False)
+    new, want = make(1).model, says(make(1))
+    def swap(e): e.model = new
+    def data(e):
+        for p, q in zip(e.model.parameters(), new.parameters()): p.data = q.data
+    for change in (swap, data, lambda e: e.model.load_state_dict(new.state_dict()),
+                   lambda e: e.model.load_state_dict(new.state_dict(), assign=True)):
+        e = make(0)
+        assert says(e) != want
+        change(e)
+        assert says(e) == want, change
+
+def test_int8_may_be_set_later(tok):
+    e = make_engine(tok, runtime=Half())
+    e.generate([[1]], 2); e.int8 = True; e.generate([[1]], 2)
+    assert e.fast.head.weight.dtype == torch.int8
+    e.int8 = False; e.generate([[1]], 2)
+    assert e.fast.head.weight.dtype == torch.bfloat16
+
 def test_frozen_copy_leaves_the_model_alone(tok):
     e = make_engine(tok, runtime=Half())
     before = {k: v.clone() for k, v in e.model.state_dict().items()}
@@ -184,7 +209,7 @@ def test_weights_in_compiled_code_do_not_outlive_a_change(tok):
     if not (shutil.which("g++") or shutil.which("clang++")): pytest.skip("no C++ compiler")
     e, other, prompts = make_engine(tok), make_engine(tok, seed=1), [[tok.bos_id] * n for n in (1, 3, 20, 9, 2, 2)]
     def says(e, compile):
-        if e.compile != compile: e.compile, e.idle = compile, {}
+        e.compile = compile
         return e.generate(prompts, 20, temperature=0, tools=False)
     before, want = says(e, False), says(other, False)
     assert says(e, True) == before and says(other, True) == want != before
@@ -221,7 +246,12 @@ def test_what_was_kept_in_inference_mode_serves_outside(tok):
     (dict(prompts=[[1, 9999]]), "prompt 0 holds a token id"), (dict(prompts=[[1]], temperature=-1), "temperature=-1"),
     (dict(prompts=[[1]], top_k=0), "top_k=0"), (dict(prompts=[[1]], top_p=1.5), "top_p=1.5"),
     (dict(prompts=[[1]], temperature=[1, 2]), "2 temperatures for 1 prompts"), (dict(prompts=[[1]], max_tokens=-5), "max_tokens=-5"),
-    (dict(prompts=[[1]], seed=[1, 2]), "2 seeds for 1 prompts")])
+    (dict(prompts=[[1]], seed=[1, 2]), "2 seeds for 1 prompts"), (dict(prompts=[[1]], seed=1.5), "seed=1.5: expected a whole number"),
+    (dict(prompts=["hello"]), "prompt 0: expected token ids"), (dict(prompts=[1, 2]), "prompt 0: expected token ids"),
+    (dict(prompts=[[1.5]]), "prompt 0: expected token ids"), (dict(prompts=[[1]], stop="end"), "stop: expected token ids"),
+    (dict(prompts=[[1]], stop={-3}), "stop holds a token id"), (dict(prompts=[[1]], max_tokens=2.5), "max_tokens=2.5: expected a whole number"),
+    (dict(prompts=[[1]], max_tokens=None), "max_tokens=None"), (dict(prompts=[[1]], temperature=["hot"]), "temperature='hot'"),
+    (dict(prompts=[[1]], temperature=None), "temperature=None"), (dict(prompts=[[1]], top_k=2.5), "top_k=2.5"), (dict(prompts=[[1]], top_p=["x"]), "top_p='x'")])
 def test_bad_input(engine, kw, said):
     with pytest.raises(NanochatError, match=said.replace("[", r"\[")): engine.generate(**kw)
 
@@ -233,6 +263,14 @@ def test_bad_pairs_and_vocabulary(tok, engine):
     for f in (lambda: engine.score([([1], [1])], 0), lambda: engine.generate([[1]], 8, batch_size=0)):
         with pytest.raises(NanochatError, match="batch_size=0: expected at least 1"): f()
     with pytest.raises(NanochatError, match="vocab_size=500"): Engine(GPT(GPTConfig(1, 1, 1, 8, 500, 8)), tok)
+
+def test_ids_and_numbers_may_be_numpys_or_torchs(engine):
+    import numpy as np
+    want = engine.generate([[1, 2], [1, 3]], 5, 1.5, 7, .5, seed=3)
+    assert engine.generate(np.array([[1, 2], [1, 3]]), np.int64(5), np.float32(1.5), np.int32(7), np.float64(.5), seed=np.int64(3)) == want
+    assert engine.generate(torch.tensor([[1, 2], [1, 3]]), 5, np.full(2, 1.5), 7, .5, seed=np.array([3, 4])) == want
+    assert engine.score([(np.array([1, 2]), torch.tensor([3]))]) == engine.score([([1, 2], [3])])
+    with pytest.raises(NanochatError, match="pair 0: expected token ids"): engine.score([("hello", [1])])
 
 def test_leaves_the_model_trainable(tok):
     e = make_engine(tok)

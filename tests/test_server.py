@@ -8,7 +8,7 @@ import uvicorn
 from nanochat_nb.checkpoint import save_checkpoint
 from nanochat_nb.engine import Engine, Request
 from nanochat_nb.model import GPT, GPTConfig
-from nanochat_nb.server import Refused, ServerSettings, Worker, at_stop, make_app, read_body, read_request
+from nanochat_nb.server import Refused, ServerSettings, Worker, answer, at_stop, make_app, read_body, read_request
 from nanochat_nb.tokenizer import train_tokenizer
 
 TEXTS = [f"{i}+{j} 等于几 how much is it 你好世界 hello 👋" for i in range(10) for j in range(10)]
@@ -162,7 +162,8 @@ def test_command_says_where_it_listens(tmp_path):
 
 def test_a_key_need_not_be_ascii():
     site = Site(rows=1, api_key="钥匙")
-    try: assert [httpx.get(site.url + "/v1/models", headers={"Authorization": f"Bearer {k}".encode()}).status_code for k in ("钥匙", "k")] == [200, 401]
+    try: assert [httpx.get(site.url + "/v1/models", headers={"Authorization": f"{how} {k}".encode()}).status_code
+                 for how, k in (("Bearer", "钥匙"), ("bearer", "钥匙"), ("Bearer", "k"), ("Basic", "钥匙"))] == [200, 200, 401, 401]
     finally: site.close()
 
 def test_limits():
@@ -225,6 +226,38 @@ def test_whoever_is_waiting_hears_of_the_end(site):
         for i in range(5): worker.submit(Request([1], 400, tools=False), lambda new, ended, i=i: told.append(i) if ended else None)
         time.sleep(delay); worker.close()
         assert {*told} == {*range(5)}, delay
+
+def test_a_worker_serves_two_event_loops(site):
+    "Each answer goes to the loop that asked, though the steps of the engine are shared."
+    got = {}
+    def ask(i):
+        async def collect(): return [piece async for piece in answer(site.worker, Request([1, 5 + i], 20 if i else 450, 0, tools=False), [])]
+        got[i] = asyncio.run(asyncio.wait_for(collect(), 20))           # the first loop outlives the others
+    guests = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
+    for g in guests: g.start()
+    for g in guests: g.join()
+    assert [got[i][-1][1] for i in range(4)] == ["length"] * 4
+
+def test_whole_answers_cut_by_the_end_of_the_server_are_errors():
+    site, results = Site(rows=2), []
+    body = {"messages": ASK, "max_tokens": 400, "temperature": 1}
+    def ask(**kw): results.append(httpx.post(site.url + "/v1/chat/completions", json=body | kw, timeout=60))
+    guests = [threading.Thread(target=ask, kwargs=kw) for kw in ({}, {"stream": True})]
+    for g in guests: g.start()
+    while site.load()[0] < 2: time.sleep(.001)
+    site.worker.close()
+    for g in guests: g.join()
+    site.close()
+    assert sorted(r.status_code for r in results) == [200, 503]                # a stream's status is sent before its end
+    assert all("the server is closing" in r.text for r in results)
+
+def test_wrong_addresses_and_flags(site):
+    post = lambda **kw: httpx.post(site.url + "/v1/chat/completions", json={"messages": ASK, "max_tokens": 3} | kw, timeout=60)
+    for r, status in ((httpx.get(site.url + "/v1/none"), 404), (httpx.get(site.url + "/v1/chat/completions"), 405),
+                      (post(stream="false"), 400), (post(stop=0), 400), (post(stop={}), 400), (post(stop=[""]), 400)):
+        assert r.status_code == status and r.json()["error"]["message"], r.text
+    assert "allow" in httpx.get(site.url + "/v1/chat/completions").headers
+    for kw in (dict(stop=None), dict(stop=[]), dict(stream=None)): assert post(**kw).status_code == 200, kw
 
 def test_odd_requests_get_a_sentence_not_a_crash(site):
     def post(extra): return httpx.post(site.url + "/v1/chat/completions", content=extra, headers={"Content-Type": "application/json"}, timeout=60)
