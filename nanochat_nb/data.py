@@ -37,7 +37,9 @@ def lang_of(
 # %% ../nbs/00_data.ipynb #cda269dd
 def _lines(path: Path, ends: str = "\r\n") -> Iterator[tuple[str, str]]:
     "Lines of a UTF-8 file without their `ends`, each with its place for error messages."
-    with open(path, "rb") as f:
+    try: f = open(path, "rb")
+    except OSError as e: raise NanochatError(f"{path} cannot be read: {e.strerror}") from None
+    with f:
         for i, raw in enumerate(f, 1):
             try: yield f"{path} line {i}", raw.decode("utf-8-sig" if i == 1 else "utf-8").rstrip(ends)
             except UnicodeDecodeError as e:
@@ -78,13 +80,13 @@ def _parquet(path: Path, columns: Iterable = ("text",)):
     "An open parquet file; one that is damaged or has no column of text is an error that names it."
     try:
         with pq.ParquetFile(path) as f:
-            names = f.schema_arrow.names
-            if not set(names) & set(columns):
+            if not set(names := f.schema_arrow.names) & set(columns):
                 raise NanochatError(f"{path} has no column 'text' (its columns: {', '.join(names)}); "
                                     "rename the one that holds the text")
             yield f
     except FileNotFoundError: raise NanochatError(f"{path} is missing; prepare the source again") from None
-    except (pa.ArrowException, OSError) as e:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
+        if getattr(e, "errno", None): raise NanochatError(f"{path} cannot be read: {e.strerror}") from None
         raise NanochatError(f"{path} is damaged or cut short ({str(e).splitlines()[0]}); "
                             "delete it, then fetch or make it again") from None
 
@@ -113,9 +115,9 @@ def read_documents(
     path: str | Path,  # a .parquet, .jsonl, .txt or .csv file
 ) -> Iterator[dict]:   # {"text": str, "lang": "zh" | "en"}
     "Documents of one file, in its order; empty ones are left out, a row without text is an error."
-    path = Path(path)
-    if path.suffix not in _READERS: raise NanochatError(f"{path}: expected a name that ends in {', '.join(_READERS)}")
-    for where, row in _READERS[path.suffix](path):
+    path, kind = Path(path), Path(path).suffix.lower()
+    if kind not in _READERS: raise NanochatError(f"{path}: expected a name that ends in {', '.join(_READERS)}")
+    for where, row in _READERS[kind](path):
         text = row.get("text", row.get("content"))
         if not isinstance(text, str):
             hint = "; conversations are for fine-tuning" if "messages" in row else ""
@@ -154,15 +156,17 @@ def _column_table(texts: pa.Array, lang: pa.Array) -> pa.Table:
 # %% ../nbs/00_data.ipynb #ac99de84
 def text_tables(path: str | Path) -> Iterator[pa.Table]: # columns text, lang
     "The documents of `read_documents`, whole columns at a time, at most 1,024 documents a table."
-    if Path(path).suffix != ".parquet":
+    if Path(path).suffix.lower() != ".parquet":
         docs = read_documents(path)
         while some := list(islice(docs, 1024)): yield pa.Table.from_pylist(some)
         return
     with _parquet(path, TEXT_COLUMNS) as f:
         columns = [[c for c in want if c in f.schema_arrow.names][:1] for want in (TEXT_COLUMNS, ["lang"])]
         for b in f.iter_batches(1024, columns=sum(columns, []), use_threads=False):
-            texts, lang = b[columns[0][0]], b["lang"] if columns[1] else pa.nulls(len(b), pa.string())
-            if texts.null_count or texts.type not in (pa.string(), pa.large_string()): list(read_documents(path))
+            both = [b[c[0]] if c else pa.nulls(len(b), pa.string()) for c in columns]
+            texts, lang = (c if c.type in (pa.string(), pa.large_string()) else pa.array(
+                [x if isinstance(x, str) else None for x in c.to_pylist()], pa.string()) for c in both)
+            if texts.null_count: list(read_documents(path))                         # names the row
             yield _column_table(texts, lang)
 
 # %% ../nbs/00_data.ipynb #44714642
@@ -239,8 +243,8 @@ def write_shards(
     held = choose_val(docs, seed, val_fraction)
     parts = {s: [d for d, v in zip(docs, held) if v == (s == "val")] for s in ("train", "val")}
     if not parts["train"]:
-        raise NanochatError(f"source {source!r} has {len(docs)} documents; expected at least two that differ")
-    with _new_folder(Path(folder)) as new:
+        raise NanochatError(f"{source!r} has {len(docs)} documents, all held out; expected at least two that differ")
+    with _new_folder(Path(folder).resolve()) as new:                     # a link to a larger disk stays one
         runs = [(s, run) for s in parts for run in _runs(parts[s], chars_per_shard, lambda d: len(d["text"]))]
         shards = [write_tables(new / f"shard_{i:05d}.parquet", [pa.Table.from_pylist(run, SCHEMA)], s)
                   for i, (s, run) in enumerate(runs)]
@@ -252,8 +256,10 @@ def write_shards(
 def read_manifest(folder: str | Path) -> dict:
     "The manifest of a prepared folder."
     path = Path(folder) / "manifest.json"
-    if path.exists(): return read_json(path)
-    raise NanochatError(f"{folder} has no manifest.json, so no shards; run python -m nanochat_nb.data first")
+    m = read_json(path) if path.exists() else None
+    if isinstance(m, dict) and isinstance(m.get("shards"), list): return m
+    raise NanochatError(f"{folder} has no manifest.json that lists shards; "
+                        "run python -m nanochat_nb.data first, or move out a manifest.json of another program")
 
 def shard_paths(
     folder: str | Path, split: str,   # "train" or "val"
@@ -261,11 +267,11 @@ def shard_paths(
     "Shards of a split."
     paths = [Path(folder) / s["name"] for s in read_manifest(folder)["shards"] if s["split"] == split]
     if paths: return paths
-    raise NanochatError(f"{folder} has no shard of split {split!r}{did_you_mean(split, ['train', 'val'])}")
+    hint = "; prepare the source again" if split in ("train", "val") else did_you_mean(split, ["train", "val"])
+    raise NanochatError(f"{folder} has no shard of split {split!r}{hint}")
 
 def iter_texts(
-    folder: str | Path, split: str = "train",
-    lang: str = "",        # "zh" or "en"; empty: both
+    folder: str | Path, split: str = "train", lang: str = "",   # "zh" or "en"; empty: both
 ) -> Iterator[str]:
     "Documents of a split, shard by shard, in order."
     for path in shard_paths(folder, split):
@@ -329,8 +335,9 @@ def _check_conversation(row: dict, where: str) -> None:
         said = m.get("content")
         for p in said if isinstance(said, list) and want == "assistant" else [{"type": "text", "text": said}]:
             kind, text = (p.get("type"), p.get("text")) if isinstance(p, dict) else (None, None)
-            if kind not in ("text", "python", "python_output") or not isinstance(text, str):
-                raise NanochatError(f"{at}: content must be a string or, for the assistant, "
+            known = kind in ("text", "python", "python_output") and isinstance(text, str)
+            if not known or text != text.encode(errors="ignore").decode():
+                raise NanochatError(f"{at}: content must be a string (no half surrogate pair) or, for the assistant, "
                                     "a list of {'type': 'text' | 'python' | 'python_output', 'text': …}")
 
 # %% ../nbs/00_data.ipynb #b83690ba
@@ -356,7 +363,7 @@ class DataSettings:
     n_chars: int = 4_000_000  # world: about how many characters of text to tell
     world_seed: int = 0  # world: which world
     seed: int = 42  # of the shuffle and of the held-out choice
-    val_fraction: float = 0.01  # documents held out (at least 64 a language, at most a tenth)
+    val_fraction: float = 0.01  # documents held out (at least 64 a language, or a tenth where that is less)
     chars_per_shard: int = 250_000_000  # about how many characters a shard holds
     endpoint: str = ""  # hub, mirror, modelscope or a folder; empty: $HF_ENDPOINT, else https://huggingface.co
     workers: int = 4  # parallel downloads
@@ -379,11 +386,12 @@ def source_files(
     "Files of a folder source."
     files = []
     for s in filter(None, map(str.strip, source.split(","))):
-        root = Path(s).expanduser().absolute()
+        root = Path(os.path.expanduser(s)).absolute()
         if not root.exists():
+            if s in SOURCES: raise NanochatError(f"{s} stands alone as source; nanochat_nb.repackage mixes several")
             raise NanochatError(f"source {s!r} is no known source, file or folder{did_you_mean(s, SOURCES)}")
-        inside = sorted(p for p in root.rglob("*") if "/." not in f"/{p.relative_to(root)}")
-        found = [p for p in ([root] if root.is_file() else inside) if p.suffix in _READERS]
+        inside = sorted(p for p in root.rglob("*") if "/." not in f"/{p.relative_to(root)}" and p.is_file())
+        found = [p for p in ([root] if root.is_file() else inside) if p.suffix.lower() in _READERS]
         if not found: raise NanochatError(f"{root} holds no {', '.join(_READERS)} file; name a folder that does")
         files += found
     if not files: raise NanochatError("source is empty; name one, for example world")
@@ -392,10 +400,10 @@ def source_files(
 # %% ../nbs/00_data.ipynb #67225e1e
 def source_folder(cfg: DataSettings) -> Path:
     "Where the shards of a source live: base_data/<source>, for paths a readable name and a short hash."
-    name, mine = cfg.source, Path(cfg.source).expanduser().absolute()
+    name, mine = cfg.source, Path(os.path.expanduser(cfg.source)).absolute()
     if name not in SOURCES:
         if (mine / "manifest.json").exists(): return mine                # shards made elsewhere
-        roots = [Path(s).expanduser().absolute() for s in filter(None, map(str.strip, name.split(",")))]
+        roots = [Path(os.path.expanduser(s)).absolute() for s in filter(None, map(str.strip, name.split(",")))]
         slug = re.sub(r"[^\w-]+", "-", "-".join(r.stem for r in roots))[:40].strip("-")
         name = f"{slug}-{hashlib.sha256(','.join(map(str, roots)).encode()).hexdigest()[:8]}"
     return base_folder(cfg.base_dir) / "base_data" / name
@@ -422,8 +430,9 @@ def _remote(source: str, i: int) -> tuple[str, str]:
 @contextmanager
 def _locked(folder: Path):
     "Hold the lock of a folder, so that two processes do not make it at once; a killed process lets go of it."
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as f:
+    try: f = open(base_folder(folder.parent) / f".{folder.name}.lock", "w")
+    except OSError as e: raise NanochatError(f"cannot write {folder}: {e.strerror}; choose another base_dir") from e
+    with f:
         fcntl.flock(f, fcntl.LOCK_EX)
         yield
 
@@ -508,7 +517,7 @@ def _make(cfg: DataSettings, folder: Path) -> None:
 
 def _elsewhere(cfg: DataSettings, folder: Path) -> bool:
     "Is the source a folder of shards and manifest made elsewhere?"
-    return cfg.source not in SOURCES and folder == Path(cfg.source).expanduser().absolute()
+    return cfg.source not in SOURCES and folder == Path(os.path.expanduser(cfg.source)).absolute()
 
 
 # %% ../nbs/00_data.ipynb #03b088f0

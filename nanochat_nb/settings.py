@@ -29,10 +29,10 @@ def base_folder(
     folder: str | Path = "",  # explicit folder; empty: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat
 ) -> Path:                    # the base folder, created
     "Where data, tokenizer and checkpoints live."
-    p = Path(folder or os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
-    try: p.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise NanochatError(f"base folder {p} cannot be made: {e.strerror}; "
+    p = Path(folder or os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat")
+    try: (p := p.expanduser()).mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as e:                   # RuntimeError: ~name of nobody
+        raise NanochatError(f"base folder {p} cannot be made: {getattr(e, 'strerror', e)}; "
                             "set base_dir or NANOCHAT_BASE_DIR to a folder you own") from e
     return p
 
@@ -68,7 +68,7 @@ def read_json(path: str | Path):
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError: raise NanochatError(f"{path} does not exist") from None
     except OSError as e: raise NanochatError(f"{path} cannot be read: {e.strerror}") from None
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise NanochatError(f"{path} is not valid JSON ({e}); delete it and make it again") from None
 
 # %% ../nbs/000_settings.ipynb #6eed8e4f
@@ -137,7 +137,7 @@ def read_yaml(path: str | Path) -> dict:
     try: d = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError: raise NanochatError(f"settings file {path} does not exist") from None
     except OSError as e: raise NanochatError(f"settings file {path} cannot be read: {e.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except (yaml.YAMLError, ValueError) as e:                # ValueError: not UTF-8, or a date like 2026-13-01
         raise NanochatError(f"settings file {path} is not valid YAML: {e}") from None
     if d is None: return {}
     if isinstance(d, dict): return d

@@ -73,7 +73,28 @@ def test_bad_documents(tmp_path):
     says("utf.parquet is damaged or cut short (Invalid UTF8", lambda p: list(text_tables(p)), tmp_path / "utf.parquet")
     says("damaged or cut short", read, doc("cut.parquet", (tmp_path / "null.parquet").read_bytes()[:100]))
     says("damaged or cut short", read, doc("none.parquet", b""))
+    says("damaged or cut short", read, tmp_path / "utf.parquet")
     says("is missing", read, tmp_path / "gone.parquet")
+    for name in ("gone.txt", "gone.jsonl", "gone.csv"): says(f"{name} cannot be read: No such file", read, tmp_path / name)
+    says("gone.jsonl cannot be read", read_conversations, tmp_path / "gone.jsonl")
+
+
+def test_a_file_that_may_not_be_opened_is_not_called_damaged(tmp_path, monkeypatch):
+    "Nobody should be told to delete a good file."
+    def denied(path): raise PermissionError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr(pq, "ParquetFile", denied)
+    with pytest.raises(NanochatError) as e: list(read_documents(tmp_path / "a.parquet"))
+    assert str(e.value) == f"{tmp_path}/a.parquet cannot be read: Permission denied"
+
+
+@pytest.mark.parametrize("columns", [{"text": pa.array(["好的好的", "abc"]).dictionary_encode()}, {"text": pa.array(["好的好的", "abc"], pa.string_view())}] + [
+    {"text": ["好的好的", "abc"], "lang": x} for x in ([1, 2], [["zh"], ["en"]], pa.array(["zh", "fr"]).dictionary_encode(), pa.array(["en", None], pa.large_string()))])
+def test_columns_of_any_type_are_read_and_not_called_damaged(tmp_path, columns):
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    docs = list(read_documents(tmp_path / "a.parquet"))
+    assert [d["text"] for d in docs] == ["好的好的", "abc"] and pa.concat_tables(text_tables(tmp_path / "a.parquet")).to_pylist() == docs
+    pq.write_table(pa.table({"text": [b"abc", None]}), tmp_path / "b.parquet")
+    says("row 1: 'text' is bytes", list, text_tables(tmp_path / "b.parquet"))
 
 
 def test_four_kinds_of_file_and_whole_columns_say_the_same(tmp_path):
@@ -129,6 +150,8 @@ def test_conversations(tmp_path):
     bad("line 2, message 1: content must be", {"role": "user", "content": [{"type": "text", "text": "a"}]}, v)
     bad("line 2, message 2: content must be", u, {"role": "assistant", "content": [{"type": "image", "text": ""}]})
     bad("line 2: expected a list 'messages'", "hi", "ho")
+    for half in ("\ud83d", [{"type": "text", "text": "a\udc00"}]): bad("line 2, message 2: content must be", u, {"role": "assistant", "content": half})
+    assert read({"messages": [u, {"role": "assistant", "content": "😀𠀀"}]})                                # whole pairs are fine
     says("line 1: expected a list", read, {"text": "a"})
     says("line 2: not valid JSON", read, {"messages": [u, v]}, '{"messages": ')
     says("holds no conversation", read)
@@ -156,6 +179,7 @@ def test_split_sizes():
     assert choose_val(DOCS, seed=1) != choose_val(DOCS, seed=2)
     assert set(choose_val(en(20, same=True))) == {True}               # copies stand together …
     says("at least two that differ", write_shards, en(20, same=True), "/nonexistent/x", source="x")
+    says("20 documents, all held out", write_shards, en(20), "/nonexistent/x", source="x", val_fraction=0.99)
 
 
 def test_same_input_same_bytes_and_row_groups(tmp_path):
@@ -247,6 +271,48 @@ def test_folder_source(tmp_path, monkeypatch):
     Path("zh/d.parquet").write_bytes(Path("zh/d.parquet").read_bytes()[:300])
     says("d.parquet is damaged or cut short", prepare, cfg)
     assert verify(folder) == []                                                                    # the old shards stand
+
+
+def test_folders_that_are_named_like_files_and_names_in_capitals(tmp_path):
+    "Spark writes a folder data.parquet of many parts; old systems write NOVEL.TXT."
+    for d in ("in/data.parquet", "in/b.txt"): (tmp_path / d).mkdir(parents=True)
+    for i in range(2): pq.write_table(pa.table({"text": [f"part {i} row {j}" for j in range(5)]}), tmp_path / f"in/data.parquet/part-{i}.PARQUET")
+    (tmp_path / "in/b.txt/NOVEL.TXT").write_text("once upon a time")
+    assert [p.name for p in source_files(str(tmp_path / "in"))] == ["NOVEL.TXT", "part-0.PARQUET", "part-1.PARQUET"]
+    folder = prepare(DataSettings(source=str(tmp_path / "in"), base_dir=str(tmp_path)))
+    assert sum(s["rows"] for s in read_manifest(folder)["shards"]) == 11
+    assert sum(t.num_rows for t in text_tables(tmp_path / "in/data.parquet/part-0.PARQUET")) == 5
+
+
+def test_sources_that_cannot_be(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.txt").write_text("text")
+    at = DataSettings(base_dir=str(tmp_path))
+    says("world stands alone as source; nanochat_nb.repackage mixes", prepare, dataclasses.replace(at, source="world,fineweb-edu"))
+    says("'~nobody-of-this-name/x' is no known source", prepare, dataclasses.replace(at, source="~nobody-of-this-name/x"))
+    for other in ('{"name": "an extension"}', "[]", '{"shards": 3}'):                   # a manifest.json of another program
+        (tmp_path / "in/manifest.json").write_text(other)
+        says("in has no manifest.json that lists shards", read_manifest, prepare(dataclasses.replace(at, source=str(tmp_path / "in"))))
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half/manifest.json").write_text('{"shards": [{"name": "shard_01822.parquet", "split": "val", "rows": 1}]}')
+    says("no shard of split 'train'; prepare the source again", shard_paths, tmp_path / "half", "train")       # interrupted after the first
+    says("no shard of split 'trian'; did you mean 'train'?", shard_paths, tmp_path / "half", "trian")
+
+
+def test_base_data_that_cannot_be_written(tmp_path):
+    cfg = DataSettings(base_dir=str(tmp_path), n_people=10, n_chars=5_000)
+    (tmp_path / "base_data/.world.lock").mkdir(parents=True)
+    says("base_data/world: Is a directory; choose another base_dir", prepare, cfg)
+    (tmp_path / "file/base_data").parent.mkdir(); (tmp_path / "file/base_data").touch()
+    says("file/base_data cannot be made", prepare, dataclasses.replace(cfg, base_dir=str(tmp_path / "file")))
+
+
+def test_a_source_linked_to_a_larger_disk_stays_there(tmp_path):
+    (tmp_path / "disk/world").mkdir(parents=True); (tmp_path / "base_data").mkdir()
+    (tmp_path / "base_data/world").symlink_to(tmp_path / "disk/world")
+    for n in (5_000, 6_000, 7_000): folder = prepare(DataSettings(base_dir=str(tmp_path), n_people=10, n_chars=n))
+    assert folder.is_symlink() and verify(tmp_path / "disk/world") == [] and sorted(os.listdir(tmp_path / "base_data")) == [".world.lock", "world"]
 
 
 def test_world_source_says_which_world(tmp_path):
