@@ -8,7 +8,7 @@ __all__ = ['HEADROOM', 'DEPTHS', 'CARDS', 'GPUS', 'MFU', 'CHARS_PER_TOKEN', 'CHA
            'PlanSettings', 'advice', 'card', 'text_of', 'make_plan', 'run_line', 'sheet', 'main']
 
 # %% ../nbs/02d_plan.ipynb #b18b8fff
-import json, math
+import json, math, shlex
 from dataclasses import dataclass
 from itertools import islice
 from .settings import NanochatError, base_folder, did_you_mean, read_json, run_main
@@ -19,16 +19,15 @@ from .optim import plan as sizes_of
 
 # %% ../nbs/02d_plan.ipynb #383e98b7
 def measured_chars(base_dir: str = "", source: str = "") -> dict: # characters a token: zh, en, all; {}: nothing there
-    "What a token holds, on up to 200 held-out documents a language of `source` (default: the tokenizer's own)."
+    "What a token holds in `source` (default: the tokenizer's own): 200 held-out documents a language, 1,000 of its mix."
     folder = base_folder(base_dir) / "tokenizer"
     if not (folder / "meta.json").exists(): return {}
     tok = Tokenizer.load(folder)
     texts = source_folder(DataSettings(source=source or tok.meta.get("source", "world"), base_dir=base_dir))
     if not (texts / "manifest.json").exists(): return {}
     held = {lang: list(islice(iter_texts(texts, "val", lang), 200)) for lang in ("zh", "en")}
-    n = {k: (sum(map(len, v)), sum(map(len, tok.encode_batch(v)))) for k, v in held.items() if v}
-    n["all"] = [sum(x) for x in zip(*n.values())]
-    return {k: c / t for k, (c, t) in n.items()}
+    held["all"] = list(islice(iter_texts(texts), 1000))                # of training: languages as they are mixed
+    return {k: sum(map(len, v)) / sum(map(len, tok.encode_batch(v))) for k, v in held.items() if v}
 
 # %% ../nbs/02d_plan.ipynb #4fd97980
 HEADROOM = 1.2  # measured peak over the formula 0.99 (d12, 32 rows, H200, bfloat16), and room for fragments
@@ -185,7 +184,8 @@ def run_line(cfg: PlanSettings, p: dict) -> str:
     "The command that trains what was planned; what it leaves out is the same by default."
     said = {k: p[k] for k in ("depth", "n_gpu", "vocab_size", "batch_tokens")} | dict(device_batch=p["micro_batch"])
     said |= {k: v for k in ("arch", "seq_len", "ratio", "source", "base_dir", "shard") if (v := getattr(cfg, k))}
-    return "python -m nanochat_nb.pretrain " + " ".join(f"--{k} {v}" for k, v in said.items())
+    said |= {"token_cache": True} if cfg.cache else {}
+    return "python -m nanochat_nb.pretrain " + " ".join(f"--{k} {shlex.quote(str(v))}" for k, v in said.items())
 
 # %% ../nbs/02d_plan.ipynb #39a47b3b
 def sheet(cfg: PlanSettings, p: dict) -> str:

@@ -1,5 +1,5 @@
 "The planner where it does not read well as a cell: the command, bad input, a real source, the picture of every card."
-import json, os, subprocess, sys
+import json, os, shlex, subprocess, sys
 import pytest
 from nanochat_nb.data import DataSettings, prepare, read_manifest
 from nanochat_nb.model import config_from_depth, count_params, memory_bytes, scaling_params
@@ -8,7 +8,7 @@ from nanochat_nb.optim import plan as sizes_of
 from nanochat_nb.plan import GPUS, HEADROOM
 from nanochat_nb.pretrain import PretrainSettings, fill
 from nanochat_nb.settings import NanochatError, from_flags
-from nanochat_nb.tokenizer import TokenizerSettings, prepare_tokenizer
+from nanochat_nb.tokenizer import Tokenizer, TokenizerSettings, prepare_tokenizer
 
 def command(base, *flags):
     out = subprocess.run([sys.executable, "-m", "nanochat_nb.plan", *flags], env=os.environ | {"NANOCHAT_BASE_DIR": str(base)},
@@ -56,11 +56,27 @@ def test_what_is_in_place_is_measured(base):
     assert p["disk"]["base_data"] == pytest.approx(sum(s["bytes"] for s in train), rel=1e-6)
     assert p["epochs"] == pytest.approx(p["tokens"] * p["chars_per_token"] / p["there"]) and "times" in p["advice"][-1]
 
+def test_a_token_holds_what_the_mix_of_languages_says(base, tmp_path):
+    "Ten Chinese characters to one English: not half and half, though as many documents of each are held out."
+    zh, en = ("一二三四五六七八九十" * 4, "the cat sat on the mat and looked at the moon ")
+    docs = [{"text": f"{i}{t}", "lang": k} for k, t, n in (("zh", zh, 3000), ("en", en, 300)) for i in range(n)]
+    (tmp_path/"mix.jsonl").write_text("\n".join(map(json.dumps, docs)))
+    mix = str(tmp_path/"mix.jsonl")
+    prepare(DataSettings(base_dir=base, source=mix, val_fraction=.5))
+    got, tok = measured_chars(base, mix), Tokenizer.load(f"{base}/tokenizer")
+    true = sum(len(d["text"]) for d in docs) / sum(map(len, tok.encode_batch([d["text"] for d in docs])))
+    assert got["all"] == pytest.approx(true, rel=.05) and got["zh"] < got["all"] < (got["zh"] + got["en"]) / 2
+
 def test_the_command_it_proposes_can_be_typed():
     cfg = PlanSettings(vocab_size=65536, chars_per_token=4.8, ratio=10)
     line = next(x for x in sheet(cfg, make_plan(cfg)).splitlines() if x.startswith("run "))
     made = from_flags(PretrainSettings, line.split("nanochat_nb.pretrain ")[1].split())
     assert (made.depth, made.n_gpu, made.device_batch, made.ratio) == (20, 8, 32, 10)
+
+def test_the_command_keeps_spaces_and_the_cache():
+    p = dict(depth=4, n_gpu=1, vocab_size=4096, batch_tokens=2048, micro_batch=8)
+    made = from_flags(PretrainSettings, shlex.split(run_line(PlanSettings(base_dir="/a b", cache=True), p))[3:])
+    assert (made.base_dir, made.token_cache, made.depth) == ("/a b", True, 4)
 
 def test_a_chinese_tokenizer_needs_less_text():
     zh, en = (make_plan(PlanSettings(base_dir="", vocab_size=65536, chars_per_token=c)) for c in (1.5, 4.8))
