@@ -16,7 +16,7 @@ from functools import cache
 from itertools import chain
 from pathlib import Path
 import numpy as np, pyarrow as pa, pyarrow.compute as pc, pyarrow.parquet as pq
-from . import data, world
+from . import data, repackage, world
 from .settings import *
 
 # %% ../nbs/00b_clean.ipynb #7535727d
@@ -154,7 +154,7 @@ def measure(
 @dataclass
 class CleanSettings:
     "What is cleaned and how strictly; a threshold of 0 switches its rule off."
-    source: str = "world"  # world, or files and folders separated by commas (parquet, jsonl, txt)
+    source: str = "world"  # world, or files and folders separated by commas (parquet, jsonl, txt, csv)
     out: str = ""  # folder of the cleaned shards; empty: base_data/<source>-clean
     base_dir: str = ""  # base folder; empty: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat
     n_chars: int = 4_000_000  # world: about how many characters to tell
@@ -220,7 +220,7 @@ def valid_id(
     return "10X98765432"[sum(int(d) * 2 ** (17 - i) for i, d in enumerate(s[:17])) % 11] == s[17].upper()
 
 # %% ../nbs/00b_clean.ipynb #a0d4f5a6
-_MAIL = r"[A-Za-z0-9][A-Za-z0-9_.+-]*@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*\.[A-Za-z]{2,}(?![A-Za-z0-9])"
+_MAIL = r"(?<![A-Za-z0-9])[A-Za-z0-9][A-Za-z0-9_.+-]*@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*\.[A-Za-z]{2,}(?![A-Za-z0-9])"
 _ID = r"[1-9][0-9]{5}(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])[0-9]{3}[0-9Xx]"
 _PHONE = (r"(?:(?:(?:\+|00)?86[- ]?)?1[3-9][0-9][- ]?[0-9]{4}[- ]?[0-9]{4}"               # Chinese mobile
           r"|[(（]0[1-9][0-9]{1,2}[)）][- ]?[0-9]{7,8}|0[1-9][0-9]{1,2}[- ][0-9]{7,8}"    # Chinese landline
@@ -250,9 +250,10 @@ def mask_private(
     return _mask_number(_mask_mail(_mask_key(text)))
 
 # %% ../nbs/00b_clean.ipynb #3d127577
-def _hash64(texts: Iterable[str]) -> np.ndarray:
-    "(texts,) uint64 hashes, the same on every machine."
-    return np.frombuffer(b"".join(hashlib.blake2b(t.encode(), digest_size=8).digest() for t in texts), "<u8")
+def _hash64(texts: Iterable[str], seed: int = 42) -> np.ndarray:
+    "(texts,) uint64 hashes, the same on every machine: the lots by which `data.choose_val` holds out."
+    lots = (hashlib.blake2b(t.encode(), digest_size=8, key=str(seed).encode()).digest() for t in texts)
+    return np.frombuffer(b"".join(lots), ">u8").astype(np.uint64)
 
 def exact_duplicates(
     h: np.ndarray,   # (texts,) hashes
@@ -375,33 +376,24 @@ def rewrite(
 
 # %% ../nbs/00b_clean.ipynb #8dd535ce
 def _read(source) -> Iterator[tuple[str, str | None]]:
-    "(text, language or None) of an iterable of documents, or of files and folders; parquet by the batch."
-    if not isinstance(source, (str, Path)):
-        yield from ((d["text"], d.get("lang")) for d in source)
-        return
-    for path in data.source_files(str(source)):
-        if path.suffix != ".parquet":
-            yield from ((d["text"], d["lang"]) for d in data.read_documents(path))
-            continue
-        with data._parquet(path) as f:
-            names = [c for c in ("text", "lang") if c in f.schema_arrow.names]
-            for b in f.iter_batches(1024, columns=names):
-                texts = b["text"].to_pylist()
-                if not all(isinstance(t, str) for t in texts): list(data.read_documents(path))   # names the row
-                yield from zip(texts, b["lang"].to_pylist() if len(names) > 1 else [None] * len(texts))
+    "(text, language or None) of an iterable of documents or paths, or of files and folders; parquet by the batch."
+    for x in data.source_files(str(source)) if isinstance(source, (str, Path)) else source:
+        if isinstance(x, dict): yield x["text"], x.get("lang")
+        elif x.suffix != ".parquet": yield from ((d["text"], d["lang"]) for d in data.read_documents(x))
+        else:
+            with data._parquet(x, data.TEXT_COLUMNS) as f:
+                names = [c for c in (*data.TEXT_COLUMNS, "lang") if c in f.schema_arrow.names]
+                for b in f.iter_batches(1024, columns=names):
+                    b.validate(full=True)                                                        # is it UTF-8?
+                    texts = b[names[0]].to_pylist()
+                    if not all(isinstance(t, str) for t in texts): list(data.read_documents(x))  # names the row
+                    yield from zip(texts, b["lang"].to_pylist() if "lang" in names else [None] * len(texts))
 
 
 # %% ../nbs/00b_clean.ipynb #d9faf15d
 def _batches(rows: Iterable, size: int = 8_000_000) -> Iterator[tuple[list, list]]:
     "Texts and languages in batches of at most 4,096 and about `size` characters."
-    batch, n = [], 0
-    for row in rows:
-        batch.append(row)
-        n += len(row[0])
-        if n < size and len(batch) < 4096: continue
-        yield tuple(map(list, zip(*batch)))
-        batch, n = [], 0
-    if batch: yield tuple(map(list, zip(*batch)))
+    for run in data._runs(rows, size, lambda row: max(len(row[0]), size / 4096)): yield tuple(map(list, zip(*run)))
 
 # %% ../nbs/00b_clean.ipynb #6c8c1b59
 class _Report:
@@ -421,21 +413,21 @@ class _Report:
 
 
 # %% ../nbs/00b_clean.ipynb #99bd2cd5
-_SPOOL = pa.schema([("text", pa.large_string()), ("lang", pa.string())])
-
 def _first_pass(source, cfg: CleanSettings, spool: Path, rep: _Report) -> dict:
     "Rewrite and judge every document; survivors go to `spool`, their hashes, lengths and signatures come back."
-    found = {"hash": [], "length": [], "sig": []}
-    with pq.ParquetWriter(spool, _SPOOL, compression="lz4") as out:
+    found = {"hash": [], "length": [], "zh": [], "sig": []}
+    with pq.ParquetWriter(spool, data.SCHEMA, compression="lz4") as out:
         for texts, langs in _batches(_read(source)):
             rep.n, rep.characters = rep.n + len(texts), rep.characters + sum(map(len, texts))
             new, f = rewrite(texts, cfg, rep.did)
-            verdict, f["hash"] = judge(f, cfg), _hash64(new)
+            verdict, f["hash"] = judge(f, cfg), _hash64(new, cfg.seed)
             for i in np.flatnonzero(verdict): rep.drop(RULES[verdict[i]], f["hash"][i], texts[i])
             stay = np.flatnonzero(verdict == 0)
-            zh = f["han"] >= 0.2 * np.maximum(f["latin"] + f["han"] + f["letter"], 1)
-            lang = [langs[i] if langs[i] in ("zh", "en") else "zh" if zh[i] else "en" for i in stay]
-            out.write_table(pa.table({"text": [new[i] for i in stay], "lang": lang}, schema=_SPOOL))
+            f["zh"] = f["han"] >= 0.2 * np.maximum(f["latin"] + f["han"] + f["letter"], 1)
+            for i in stay:                                                       # a label is of the text as it came
+                if langs[i] in ("zh", "en") and new[i] == texts[i]: f["zh"][i] = langs[i] == "zh"
+            lang = np.where(f["zh"][stay], "zh", "en")
+            out.write_table(pa.table({"text": [new[i] for i in stay], "lang": lang}, schema=data.SCHEMA))
             for k in found: found[k].append(f[k][stay] if k in f else np.empty((len(stay), 0)))
     return {k: np.concatenate(v) if v else np.empty(0, np.int64) for k, v in found.items()}
 
@@ -446,7 +438,7 @@ def _twins(found: dict, cfg: CleanSettings) -> tuple[np.ndarray, np.ndarray]:
     twin = exact_duplicates(h)
     rule = np.where(twin == np.arange(n), 0, RULES.index("exact duplicate"))
     if not cfg.near or not n: return twin, rule
-    one = np.flatnonzero(rule == 0)
+    one = np.flatnonzero((rule == 0) & (found["length"] >= _K))               # shorter ones have no shingle to compare
     label = near_duplicates(found["sig"][one], cfg.near, cfg.bands, h[one])
     order = np.lexsort((h[one], -found["length"][one], label))               # the best of each cluster comes first
     best = np.zeros(len(one), np.int64)
@@ -455,20 +447,25 @@ def _twins(found: dict, cfg: CleanSettings) -> tuple[np.ndarray, np.ndarray]:
     rule[one[one != twin[one]]] = RULES.index("near duplicate")
     return twin, rule
 
+def _held(found: dict, rule: np.ndarray) -> np.ndarray:
+    "(survivors,) which of those that stay are held out: of each language the least hashes, as by `data.choose_val`."
+    held = np.zeros(len(rule), bool)
+    for mine in (np.flatnonzero((rule == 0) & (found["zh"] == zh)) for zh in (True, False)):
+        n = max(round(0.01 * len(mine)), min(64, max(1, len(mine) // 10)))
+        held[mine[np.argsort(found["hash"][mine])[:n]]] = True
+    return held
+
 
 # %% ../nbs/00b_clean.ipynb #88a1992d
-def _spooled(path: Path) -> Iterator[pa.RecordBatch]:
-    "Survivors of a spool, batch by batch."
-    with pq.ParquetFile(path) as f: yield from f.iter_batches(1024)
-
-def _second_pass(spools: list, twin: np.ndarray, rule: np.ndarray, h: np.ndarray, rep: _Report) -> Iterator[dict]:
+def _second_pass(spools: list, twin: np.ndarray, rule: np.ndarray, held: np.ndarray, h: np.ndarray,
+                 rep: _Report) -> Iterator[pa.Table]:   # columns text, lang, held
     "Documents that stay; of those that do not, the report keeps a few beside their twins."
     least = [i for r in (6, 7) for i in sorted(np.flatnonzero(rule == r), key=lambda i: h[i])[:5]]
-    wanted, texts, at = {i: None for i in least} | {twin[i]: None for i in least}, {}, 0
-    for b in chain.from_iterable(map(_spooled, spools)):
-        for i, (t, lang) in enumerate(zip(b["text"].to_pylist(), b["lang"].to_pylist()), at):
-            if i in wanted: texts[i] = t
-            if not rule[i]: yield {"text": t, "lang": lang}
+    wanted, texts, at = {*least, *twin[least]}, {}, 0
+    for b in chain.from_iterable(pq.ParquetFile(p).iter_batches(128) for p in spools):
+        here, stay = slice(at, at + len(b)), pa.array(rule[at:at + len(b)] == 0)
+        texts |= {i: b["text"][int(i) - at].as_py() for i in wanted if at <= i < here.stop}
+        if stay.true_count: yield pa.table([*b.columns, held[here]], ["text", "lang", "held"]).filter(stay)
         at += len(b)
     for i in least: rep.drop(RULES[rule[i]], h[i], texts[i], texts[twin[i]])
     rep.dropped.update({RULES[r]: int((rule == r).sum()) - int((rule[least] == r).sum()) for r in (6, 7)})
@@ -478,17 +475,23 @@ def check(cfg: CleanSettings) -> None:
     "Raise on thresholds that make no sense."
     for k in ("max_bad", "min_lang", "min_variety", "min_quality", "near"):
         if not 0 <= getattr(cfg, k) <= 1: raise NanochatError(f"{k}={getattr(cfg, k)}: expected a number from 0 to 1")
-    if min(cfg.bands, cfg.rows) < 1: raise NanochatError(f"bands={cfg.bands}, rows={cfg.rows}: expected at least 1")
+    for k in ("bands", "rows", "chars_per_shard", "n_chars"):
+        if getattr(cfg, k) < 1: raise NanochatError(f"{k}={getattr(cfg, k)}: expected at least 1")
 
 def finish(spools: list, found: dict, cfg: CleanSettings, folder: Path, rep: _Report) -> dict: # the report
     "From what the first pass kept, in its order: duplicates, shards, clean.json beside the manifest."
     twin, rule = _twins(found, cfg)
-    if not len(twin): raise NanochatError(f"cleaning dropped all {rep.n} documents of {cfg.source!r} "
-                                          f"({dict(rep.dropped)}); loosen the rule that drops most")
+    if (held := _held(found, rule)).sum() == (rule == 0).sum():
+        raise NanochatError(f"of {rep.n} documents of {cfg.source!r} {held.sum()} are left ({dict(rep.dropped)}), not "
+                            "enough for both splits; add text, or loosen the rule that drops most")
     recipe = {"clean": {k: v for k, v in asdict(cfg).items() if k not in ("source", "out", "base_dir", "n_chars")}}
-    data.write_shards(_second_pass(spools, twin, rule, found["hash"], rep), folder, source=cfg.source, recipe=recipe,
-                      seed=cfg.seed, chars_per_shard=cfg.chars_per_shard)
-    write_json(folder / "clean.json", rep.as_dict())
+    n = 3 * int(found["length"].sum()) // 128_000_000 + 1                             # piles of at most 128 MB
+    with data._new_folder(folder) as new:
+        tables = _second_pass(spools, twin, rule, held, found["hash"], rep)
+        shards = repackage._write_shuffled(tables, new, (min(n, 512), n // 100 + 1), cfg.seed, 0, cfg.chars_per_shard)
+        about = dict(source=cfg.source, revision="", licence="", recipe=recipe, seed=cfg.seed, shards=shards)
+        write_json(new / "manifest.json", about)
+        write_json(new / "clean.json", rep.as_dict())
     return rep.as_dict()
 
 # %% ../nbs/00b_clean.ipynb #35d42d00
@@ -499,11 +502,12 @@ def clean(
 ) -> dict:                        # the report, also written as clean.json beside the manifest
     "Clean a corpus into shards; what was altered, what was dropped and samples of it are in the report."
     check(cfg)
-    folder, rep = Path(folder or cfg.out), _Report()
+    files = data.source_files(str(source)) if isinstance(source, (str, Path)) else []
+    folder, rep = repackage.shard_folder(folder or cfg.out, files), _Report()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as tmp:
         spool = Path(tmp) / "spool.parquet"
-        found = _first_pass(source, cfg, spool, rep)
+        found = _first_pass(files or source, cfg, spool, rep)
         return finish([spool], found, cfg, folder, rep)
 
 # %% ../nbs/00b_clean.ipynb #8add2184

@@ -37,6 +37,7 @@ def _open(url: str, timeout: float, method: str = "GET", **headers):
         if (r.status or 200) < 300 or (method == "HEAD" and "x-linked-size" in seen): return r, seen   # None: a file
         url = urllib.parse.urljoin(url, r.headers["Location"])
         r.close()
+        if not url.startswith(("http:", "https:")): raise ValueError("redirected to a file of this machine")
     raise urllib.error.URLError(f"more than five redirects, the last to {url}")
 
 # %% ../nbs/00c_fetch.ipynb #a22ef7f5
@@ -153,6 +154,7 @@ def _reason(e: Exception, url: str, part: Path) -> tuple[str, float]:
         for p in (part, _note(part)): p.unlink(missing_ok=True)
     if full or getattr(e, "filename", None):                            # the disk's error, not the network's
         raise NanochatError(f"cannot write {part}: {e.strerror}; free disk space or choose another folder") from None
+    if isinstance(e, ValueError): raise NanochatError(f"{url}: {e}; check the address, and the endpoint") from None
     if isinstance(e, (_Retry, OSError, http.client.HTTPException)): return str(e) or type(e).__name__, 0
     raise e
 

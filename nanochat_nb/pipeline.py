@@ -16,6 +16,7 @@ import numpy as np
 from datasets import Dataset
 from . import data
 from .clean import CleanSettings, _codes, _first_pass, _Report, check, finish, out_folder, print_report
+from .repackage import shard_folder
 from .settings import NanochatError, atomic_path, did_you_mean, read_json, run_main, write_json
 
 # %% ../nbs/00e_clean_more.ipynb #8485d3ee
@@ -25,7 +26,7 @@ def clean_part(_=None, rank: int = 0, world_size: int = 1, *, files: list, cfg: 
     if name["report.json"].exists(): return
     rep, mine = _Report(), np.array_split(np.arange(len(files)), world_size)[rank]
     with atomic_path(name["spool.parquet"]) as out:
-        found = _first_pass(",".join(str(files[i]) for i in mine), cfg, out, rep)
+        found = _first_pass([files[i] for i in mine], cfg, out, rep)
     with atomic_path(name["found.npz"]) as out, open(out, "wb") as f: np.savez(f, **found)
     write_json(name["report.json"], vars(rep))
 
@@ -42,9 +43,9 @@ def merge_parts(_=None, rank: int = 0, world_size: int = 1, *, tasks: int, cfg: 
         rep.dropped.update(part["dropped"])
         for rule, some in part["samples"].items():
             rep.samples[rule] = sorted(rep.samples.get(rule, []) + list(map(tuple, some)), key=lambda x: x[0])[:5]
-    found = {k: np.concatenate([f[k] for f in found]) for k in found[0]}
+    found = {k: np.concatenate([f[k] for f in found if len(f["hash"])] or [found[0][k]]) for k in found[0]}
     finish([work / f"spool.parquet_{r:05d}" for r in range(tasks)], found, cfg, folder, rep)
-    for p in work.glob("*_[0-9]*"): p.unlink()
+    for p in sorted(work.glob("*_[0-9]*"), key=lambda p: p.name[0] != "r"): p.unlink()        # first the reports
 
 # %% ../nbs/00e_clean_more.ipynb #050aae01
 @dataclass
@@ -80,7 +81,7 @@ def clean_many(cfg: PipelineSettings, folder: Path) -> dict: # the report; empty
     if cfg.source == "world": raise NanochatError("source='world' is told by one process; expected files or folders")
     files = data.source_files(cfg.source)
     base = CleanSettings(**{f.name: getattr(cfg, f.name) for f in fields(CleanSettings)})
-    tasks, folder = min(cfg.tasks or 1000, len(files)), Path(folder).absolute()
+    tasks, folder = min(cfg.tasks or 1000, len(files)), shard_folder(folder, files)
     seen = json.dumps([asdict(base), tasks, [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]])
     work = folder.with_name(f".{folder.name}.{hashlib.sha256(seen.encode()).hexdigest()[:12]}")
     work.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
 "Cleaning: properties that must hold for any text, planted near-duplicates, order, the command."
-import json, random, re, subprocess, sys
+import json, random, re, subprocess, sys, time
 from collections import Counter
 import numpy as np, pytest
 from hypothesis import given, settings as hyp, strategies as st
-from nanochat_nb import clean as C, data
+from nanochat_nb import clean as C, data, pipeline
 from nanochat_nb.settings import NanochatError
 
 ANY = st.text(st.characters(codec="utf-8"), max_size=200) | st.text("a é\u0301\u200b\xa0\u3000\r\n\t！哈３Ｄ\x1c\u2028ﬁ", max_size=60)
@@ -144,7 +144,7 @@ def test_command_cleans_a_folder(tmp_path):
     assert json.loads((tmp_path/"out/clean.json").read_text(encoding="utf-8"))["kept"] == said["kept"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]             # no spool is left
 
-@pytest.mark.parametrize("flags, said", [(["--near", "1.5"], "near=1.5"), (["--bands", "0"], "bands=0"), (["--min_byte", "3"], "min_bytes"),
+@pytest.mark.parametrize("flags, said", [(["--near", "1.5"], "near=1.5"), (["--bands", "0"], "bands=0"), (["--chars_per_shard", "0"], "chars_per_shard=0"), (["--min_byte", "3"], "min_bytes"),
                                          (["--min_bytes", "100000"], "too short")])
 def test_bad_settings_are_named(tmp_path, flags, said):
     (tmp_path/"a.txt").write_text("some text that is long enough to be kept by every rule of the chapter, surely so")
@@ -156,3 +156,61 @@ def test_a_row_without_text_is_named(tmp_path):
     import pyarrow as pa, pyarrow.parquet as pq
     pq.write_table(pa.table({"text": ["a", None]}), tmp_path/"a.parquet")
     with pytest.raises(NanochatError, match="row 2"): C.clean(tmp_path/"a.parquet", C.CleanSettings(), tmp_path/"out")
+
+def test_a_folder_that_holds_anything_else_is_never_replaced(tmp_path):
+    originals, _ = planted(20)
+    (tmp_path/"in").mkdir(); (tmp_path/"in/a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in originals))
+    (tmp_path/"mine").mkdir(); (tmp_path/"mine/thesis.odt").write_text("dear"); (tmp_path/"mine/manifest.json").write_text("{}")
+    for out, said in (("in", "is itself a source"), ("mine", "holds thesis.odt"), ("in/a.jsonl", "holds a.jsonl")):
+        code, _, err = run("--source", tmp_path/"in", "--out", tmp_path/out)
+        assert code == 2 and said in err
+        with pytest.raises(NanochatError, match=said):
+            pipeline.clean_many(pipeline.PipelineSettings(source=str(tmp_path/"in"), workers=1), tmp_path/out)
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == [
+        "in", "in/a.jsonl", "mine", "mine/manifest.json", "mine/thesis.odt"]
+    for _ in range(2): assert run("--source", tmp_path/"in", "--out", tmp_path/"out")[0] == 0        # older shards are
+
+def test_the_text_is_never_all_in_memory(tmp_path):
+    "Six times the text costs little more memory: piles and hands, whose size is bounded."
+    code = """import random, resource, sys
+from nanochat_nb import clean as C
+def docs(n):
+    rng = random.Random(n)
+    for _ in range(n): yield {"text": rng.randbytes(15_000).hex("\\n", 30)}
+def peak(n):
+    C.clean(docs(n), C.CleanSettings(source="x", min_quality=0, near=0), sys.argv[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+small = peak(1500)
+print(peak(9000) - small)"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path/"out")], capture_output=True, text=True)
+    assert done.returncode == 0 and int(done.stdout) < 350, (done.stdout, done.stderr)
+
+def test_held_out_as_in_the_data_chapter(tmp_path):
+    docs = [{"text": t} for t in planted(60)[0]] + [{"text": f"今天走了{i}里路，在河边看了花，又去镇上吃了一碗面，天黑才回来。" * 2} for i in range(90)]
+    C.clean(docs, C.CleanSettings(source="x", near=0, seed=7), tmp_path/"out")
+    got = {s: set(data.iter_texts(tmp_path/"out", s)) for s in ("train", "val")}
+    kept = [{"text": t, "lang": data.lang_of(t)} for t in sorted(got["train"] | got["val"])]
+    held = data.choose_val(kept, 7)
+    assert len(kept) == 210 and {d["text"] for d, x in zip(kept, held) if x} == got["val"]
+
+def test_a_long_run_beside_an_at_sign_takes_no_time():
+    start = time.time()
+    assert C.mask_private("f" * 100_000 + " @ _li.lei@mail.cn") == "f" * 100_000 + " @ _[EMAIL]"
+    assert time.time() - start < 1
+
+def test_texts_too_short_for_a_shingle_are_no_copies(tmp_path):
+    docs = [{"text": f"第{i}行"} for i in range(30)]
+    assert C.clean(docs, C.CleanSettings(source="x", min_bytes=0, min_quality=0), tmp_path/"out")["kept"] == 30
+
+def test_text_mended_is_of_the_language_it_then_shows(tmp_path):
+    texts = [f"今天走了{i}里路，在河边看了花，又去镇上吃了一碗面，天黑才回来。" for i in range(20)]
+    (tmp_path/"a.jsonl").write_text("\n".join(json.dumps({"text": t.encode().decode("latin-1")}) for t in texts))
+    C.clean(tmp_path/"a.jsonl", C.CleanSettings(source="x", near=0), tmp_path/"out")
+    assert sorted(t for s in ("train", "val") for t in data.iter_texts(tmp_path/"out", s, "zh")) == sorted(texts)
+
+def test_text_may_stand_under_content_and_must_be_utf8(tmp_path):
+    import pyarrow as pa, pyarrow.parquet as pq
+    pq.write_table(pa.table({"content": planted(10)[0]}), tmp_path/"a.parquet")
+    assert C.clean(tmp_path/"a.parquet", C.CleanSettings(source="x"), tmp_path/"out")["kept"] == 20
+    pq.write_table(pa.table({"text": pa.array([b"\xff\xfe" * 50], pa.binary()).view(pa.string())}), tmp_path/"b.parquet")
+    with pytest.raises(NanochatError, match="b.parquet is damaged.*UTF8"): C.clean(tmp_path/"b.parquet", C.CleanSettings(), tmp_path/"o")

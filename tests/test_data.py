@@ -289,7 +289,7 @@ def test_sources_that_cannot_be(tmp_path, monkeypatch):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.txt").write_text("text")
     at = DataSettings(base_dir=str(tmp_path))
-    says("world stands alone as source; nanochat_nb.repackage mixes", prepare, dataclasses.replace(at, source="world,fineweb-edu"))
+    says("world is no file or folder; nanochat_nb.repackage mixes", prepare, dataclasses.replace(at, source="world,fineweb-edu"))
     says("'~nobody-of-this-name/x' is no known source", prepare, dataclasses.replace(at, source="~nobody-of-this-name/x"))
     for other in ('{"name": "an extension"}', "[]", '{"shards": 3}'):                   # a manifest.json of another program
         (tmp_path / "in/manifest.json").write_text(other)

@@ -257,6 +257,18 @@ def test_hopeless_faults(hub, tmp_path, monkeypatch):
     assert list(tmp_path.glob("x*")) == []
 
 
+def test_a_redirect_never_leads_to_a_file_of_this_machine(hub, tmp_path, monkeypatch):
+    (tmp_path / "secret").write_text("mine")
+    def answer(self, fault): self.send_response(302); self.send_header("Location", (tmp_path / "secret").as_uri()); self.end_headers()
+    monkeypatch.setattr(Hub, "answer", answer)
+    says("redirected to a file of this machine", F.fetch, f"{hub.address}/cdn/x", tmp_path / "x")
+    assert os.listdir(tmp_path) == ["secret"]
+
+
+@pytest.mark.parametrize("url", ["owner/set/x", "http://127.0.0.1:9/文件"])
+def test_a_bad_address_is_said_at_once(tmp_path, url): says("check the address", F.fetch, url, tmp_path / "x")
+
+
 def test_a_folder_that_cannot_be_written_is_said_at_once(hub, tmp_path):
     hub.files["x"] = b"abc"
     (tmp_path / "file").write_text("")

@@ -117,6 +117,24 @@ def test_a_bad_row_in_a_worker_is_named(tmp_path):
     code, _, err = command(tmp_path, tmp_path / "out", "--source", str(tmp_path), "--workers", "2")
     assert code == 2 and "b.jsonl line 2" in err and "Traceback" not in err and not (tmp_path / "out").exists()
 
+def test_a_comma_in_a_name_and_an_empty_file_do_no_harm(crawl, tmp_path):
+    shutil.copytree(crawl / "in", tmp_path / "in"); (tmp_path / "in/0.jsonl").rename(tmp_path / "in/0, 1.jsonl")
+    (tmp_path / "in/a.jsonl").write_text("")
+    assert clean_many(PipelineSettings(source=str(tmp_path / "in"), workers=1), tmp_path / "out") == json.loads((crawl / "one/clean.json").read_text())
+
+@pytest.mark.parametrize("at", [2, 5, 8, 11, 14])
+def test_a_run_killed_while_tidying_up_can_be_run_again(crawl, tmp_path, monkeypatch, at):
+    cfg, real, n = PipelineSettings(source=str(crawl / "in"), workers=1), Path.unlink, []
+    def once(path, *a, **kw):
+        n.append(path.parent.name.startswith(".out."))
+        if n.count(True) == at: raise KeyboardInterrupt
+        real(path, *a, **kw)
+    monkeypatch.setattr(Path, "unlink", once)
+    with pytest.raises(KeyboardInterrupt): clean_many(cfg, tmp_path / "out")
+    monkeypatch.undo()
+    clean_many(cfg, tmp_path / "out")
+    assert same(tmp_path / "out", crawl / "one") and os.listdir(tmp_path) == ["out"]
+
 def test_without_datatrove_the_error_says_what_to_install(crawl, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datatrove.executor", None)
     with pytest.raises(NanochatError, match=r"nanochat-nb\[clean\]"):

@@ -160,14 +160,18 @@ def test_the_dial_of_languages(tmp_path, zh):
 def test_what_cannot_be_done_is_said_and_nothing_is_left(tmp_path):
     a = write(tmp_path / "a/a.parquet", [f"document number {i}" for i in range(500)])
     (tmp_path / "mine").mkdir(); (tmp_path / "mine/diary.txt").write_text("dear")
+    (tmp_path / "site").mkdir(); (tmp_path / "site/app.js").write_text(""); (tmp_path / "site/manifest.json").write_text('{"name": "app"}')   # of another kind
+    (tmp_path / "e.jsonl").write_text("")
     for text, kw in (("expected both", dict(source="")), ("expected both", dict(out="")), ("did you mean 'first'", dict(stop="frist")), ("a share, 0 … 1", dict(zh=1.5)),
                      ("holds no zh text", dict(zh=0.5)), ("give the sources weights", dict(source=f"{a}@5", zh=0.5)), ("all fell to one split", dict(source=f"{a}@1")),
                      ("no known source", dict(source="/no/such")), ("the same for every source", dict(source=f"{a}:1,{a}")), ("pile_mb=0", dict(pile_mb=0)),
-                     ("is itself a source", dict(out=str(tmp_path / "a"))), ("holds no manifest.json; name a new folder", dict(out=str(tmp_path / "mine")))):
+                     ("is itself a source", dict(out=str(tmp_path / "a"))), ("holds diary.txt, which is no shard; name a new folder", dict(out=str(tmp_path / "mine"))), ("holds app.js", dict(out=str(tmp_path / "site"))),
+                     ("/e.jsonl' holds no text", dict(source=f"{a}:0.7,{tmp_path}/e.jsonl:0.3")), ("/e.jsonl' holds no text", dict(source=f"{a}@100,{tmp_path}/e.jsonl@9"))):
         says(text, repackage, settings(tmp_path, a, **kw))
     pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "null.parquet")
     says("null.parquet row 2: 'text' is NoneType", repackage, settings(tmp_path, tmp_path / "null.parquet"))
-    assert sorted(p.name for p in tmp_path.iterdir() if p.name[0] != ".") == ["a", "mine", "null.parquet"] and a.exists() and (tmp_path / "mine/diary.txt").exists()
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name[0] != ".") == ["a", "e.jsonl", "mine", "null.parquet", "site"]
+    assert a.exists() and (tmp_path / "mine/diary.txt").exists() and (tmp_path / "site/app.js").exists()
 
 
 def test_the_language_that_is_missing_is_named(tmp_path):
@@ -211,6 +215,15 @@ def test_upload_asks_for_just_the_shards_and_refuses_damaged_ones(tmp_path, monk
     shard_paths(folder, "val")[0].unlink()
     says("missing; mend it before uploading", upload, folder, "me/set")
     assert len(calls) == 3
+
+
+def test_an_upload_that_fails_is_an_error_of_one_line(tmp_path, monkeypatch):
+    class Api:
+        def __init__(self, endpoint): pass
+        def create_repo(self, repo_id, **kw): raise ValueError("401 Unauthorized")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(HfApi=Api))
+    folder = repackage(settings(tmp_path, write(tmp_path / "a.parquet", BY_LANG["en"]), seed=-1))        # any seed will do
+    says("out was not uploaded (401 Unauthorized); mend that", upload, folder, "me/set")
 
 
 @pytest.mark.skipif(not CORPUS.exists(), reason="needs the real corpus beside the checkout")
