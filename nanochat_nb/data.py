@@ -388,7 +388,7 @@ def source_files(
     for s in filter(None, map(str.strip, source.split(","))):
         root = Path(os.path.expanduser(s)).absolute()
         if not root.exists():
-            if s in SOURCES: raise NanochatError(f"{s} is no file or folder; nanochat_nb.repackage mixes it with others")
+            if s in SOURCES: raise NanochatError(f"{s} is no file or folder; nanochat_nb.repackage mixes it in")
             raise NanochatError(f"source {s!r} is no known source, file or folder{did_you_mean(s, SOURCES)}")
         inside = sorted(p for p in root.rglob("*") if "/." not in f"/{p.relative_to(root)}" and p.is_file())
         found = [p for p in ([root] if root.is_file() else inside) if p.suffix.lower() in _READERS]

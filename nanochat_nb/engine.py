@@ -14,8 +14,6 @@ from itertools import groupby
 import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
-from torch._dynamo.exc import BackendCompilerFailed
-from torch._inductor import config as inductor
 from .kernels import causal_attention, settle
 from .model import Attention, attention
 from .sampling import LOW_BITS, forced_by, sample
@@ -322,7 +320,7 @@ _ALONE = threading.Lock()
 @contextmanager
 def packing():
     "What is compiled meanwhile holds its weights; the setting belongs to the process, so one at a time."
-    with _ALONE, inductor.patch(freezing=True): yield
+    with _ALONE, torch._inductor.config.patch(freezing=True): yield
 
 # %% ../nbs/05_engine.ipynb #a885741e
 @patch
@@ -341,7 +339,7 @@ def _launch(self: Batch):
             step = step or self._step(*key)
             for _ in range(1 if e.device.type == "cuda" else e.chunk): step()
         self.graphs[key] = step
-    except BackendCompilerFailed as err:
+    except torch._dynamo.exc.BackendCompilerFailed as err:
         warnings.warn(f"decoding goes on uncompiled, for the compiler failed: {str(err).splitlines()[0]}")
         e.compile, self.packed, self.graphs = False, False, {}
         return self._launch()

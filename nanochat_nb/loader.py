@@ -8,8 +8,7 @@ __all__ = ['shuffled', 'read_column', 'DocStream', 'id_type', 'encode_flat', 'ch
            'eval_batches', 'Prefetch', 'Workers', 'loader_warning', 'LoaderSettings', 'main']
 
 # %% ../nbs/01a_loader.ipynb #807474c4
-import bisect, hashlib, itertools, json, math, multiprocessing.connection, os, queue, random, signal
-import threading, time
+import bisect, hashlib, itertools, json, math, multiprocessing.connection, os, random, signal, threading, time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -43,6 +42,7 @@ def read_column(
         with pq.ParquetFile(path) as f:
             if "text" not in f.schema_arrow.names: raise NanochatError(f"shard {path} has no column 'text'{again}")
             col = f.read(["text"]).column(0).combine_chunks()
+            col.validate(full=True)   # is it UTF-8?
     except (OSError, pa.ArrowException) as e:
         raise NanochatError(f"cannot read shard {path} ({str(e).splitlines()[0]}){again}") from None
     if len(col) != rows: raise NanochatError(f"shard {path} has {len(col)} rows, its manifest says {rows}{again}")
@@ -102,10 +102,10 @@ def encode_flat(
     return ids.astype(id_type(tokenizer)), edges[:-1], edges[1:]
 
 # %% ../nbs/01a_loader.ipynb #ac5c5d7f
-def check_rows(seq_len: int, batch_rows: int, rank: int, world_size: int):
+def check_rows(seq_len: int, batch_rows: int, rank: int, world_size: int, workers: int = 0):
     "Errors for a global batch that cannot be split over the ranks."
-    for k, v in (("seq_len", seq_len), ("batch_rows", batch_rows)):
-        if v < 1: raise NanochatError(f"{k}={v} must be at least 1")
+    for k, v, least in (("seq_len", seq_len, 1), ("batch_rows", batch_rows, 1), ("workers", workers, 0)):
+        if v < least: raise NanochatError(f"{k}={v} must be at least {least}")
     if not 0 <= rank < world_size: raise NanochatError(f"rank={rank} is not one of the ranks 0…{world_size - 1}")
     if batch_rows % world_size:
         near = max(1, round(batch_rows / world_size)) * world_size
@@ -145,7 +145,7 @@ class TextLoader:
         workers: int = 0,     # processes that tokenise; 0: this one does
         cache="",             # folder made by `prepare_cache`: read tokens there; empty: tokenise on the way
     ):
-        check_rows(seq_len, batch_rows, rank, world_size)
+        check_rows(seq_len, batch_rows, rank, world_size, workers)
         self.tokenizer, self.seq_len, self.batch_rows = tokenizer, seq_len, batch_rows
         self.rank, self.world_size, self.workers, self.pool = rank, world_size, workers, None
         self.stream, self.packer, self.place = DocStream(folder, split, seed), Packer(seq_len + 1), 0
@@ -271,8 +271,9 @@ def docs(self: TokenCache, shard: int, rows) -> tuple: # flat tokens, where each
         f = self.files[shard]
         flat = np.asarray(np.memmap(self.folder/f["name"], self.kind, mode="r"))
         begins = np.flatnonzero(flat == self.bos_id)
-        if len(begins) != f["rows"]:
-            raise self.error(f"{self.folder/f['name']} holds {len(begins)} documents, not {f['rows']}")
+        if (len(begins), len(flat)) != (f["rows"], f["tokens"]):   # or it was made again since the manifest was read
+            raise self.error(f"{self.folder/f['name']} holds {len(begins)} documents, not {f['rows']}, "
+                             f"and {len(flat):,} tokens, not {f['tokens']:,}")
         self._open, self._flat, self._edges = shard, flat, np.append(begins, len(flat))
     return self._flat, self._edges[rows].tolist(), self._edges[rows + 1].tolist()
 
@@ -479,7 +480,7 @@ def state_dict(self: Prefetch) -> dict: return self.state
 @patch
 def load_state_dict(self: Prefetch, state: dict):
     "Go on from there; what was made ahead is dropped."
-    while self.ready: self.ready.popleft().result()
+    while self.ready: self.ready.popleft().exception()   # waits, and forgets what went wrong
     self.loader.load_state_dict(state)
     self.state = state
 
@@ -507,18 +508,18 @@ class Workers:
         self.processes = [new.Process(target=module._work, args=(q, source, tokenizer, place, chunk, w, n), daemon=True)
                           for w, q in enumerate(self.queues)]
         for p in self.processes: p.start()
+        for q in self.queues: q._writer.close()   # the worker alone writes now: when it dies, reading ends
 
 # %% ../nbs/01a_loader.ipynb #9a35f03d
 @patch
 def __next__(self: Workers) -> tuple: # see `encode_flat`
     "The next chunk; what went wrong in a worker is raised here."
-    q, p, got = self.queues[self.turn], self.processes[self.turn], None
-    while got is None:
-        try: got = q.get(timeout=2)
-        except queue.Empty:
-            if not p.is_alive():
-                raise NanochatError(f"tokenising process {p.pid} ended with status {p.exitcode} "
-                                    "(killed: out of memory?); use fewer workers and resume") from None
+    p = self.processes[self.turn]
+    try: got = self.queues[self.turn].get()
+    except (EOFError, OSError):   # of the pipe, between two chunks or inside one
+        p.join()
+        raise NanochatError(f"tokenising process {p.pid} ended with status {p.exitcode} "
+                            "(killed: out of memory?); use fewer workers and resume") from None
     if isinstance(got, Exception): raise got
     self.turn = (self.turn + 1) % len(self.queues)
     return got

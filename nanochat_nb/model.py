@@ -224,7 +224,7 @@ def init_weights(self: GPT,
         if name == "mix":
             p.copy_(torch.stack([torch.ones(n_in), 0.2 - 0.15 * torch.arange(n_in) / max(1, n_in - 1)]))
             continue
-        p.copy_(torch.zeros(()) if zero else torch.empty(p.shape, device="cpu").normal_(0, std, generator=g))
+        p.zero_() if zero else p.copy_(p.cpu().normal_(0, std, generator=g))
     self.cos, self.sin = rope_table(self.cfg.seq_len, self.cfg.head_dim, device=self.device)
     return self
 

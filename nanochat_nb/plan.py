@@ -19,14 +19,14 @@ from .optim import plan as sizes_of
 
 # %% ../nbs/02d_plan.ipynb #383e98b7
 def measured_chars(base_dir: str = "", source: str = "") -> dict: # characters a token: zh, en, all; {}: nothing there
-    "What a token holds in `source` (default: the tokenizer's own): 200 held-out documents a language, 1,000 of its mix."
+    "What a token holds in `source` (default: the tokenizer's own): 200 documents a language, 1,000 as they are mixed."
     folder = base_folder(base_dir) / "tokenizer"
     if not (folder / "meta.json").exists(): return {}
     tok = Tokenizer.load(folder)
     texts = source_folder(DataSettings(source=source or tok.meta.get("source", "world"), base_dir=base_dir))
     if not (texts / "manifest.json").exists(): return {}
     held = {lang: list(islice(iter_texts(texts, "val", lang), 200)) for lang in ("zh", "en")}
-    held["all"] = list(islice(iter_texts(texts), 1000))                # of training: languages as they are mixed
+    held["all"] = list(islice(iter_texts(texts), 1000))
     return {k: sum(map(len, v)) / sum(map(len, tok.encode_batch(v))) for k, v in held.items() if v}
 
 # %% ../nbs/02d_plan.ipynb #4fd97980

@@ -9,9 +9,6 @@ __all__ = ['share', 'scatter_mean', 'gather_rows', 'shard_model', 'sharded', 'lo
 # %% ../nbs/02f_sharding.ipynb #6a10b2c6
 import torch, torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from .settings import NanochatError
 
 # %% ../nbs/02f_sharding.ipynb #7bde8a72
@@ -64,6 +61,8 @@ def shard_model(
     dtype: torch.dtype,   # in which parameters travel and products are computed; gradients travel in float32
 ) -> nn.Module:           # the same, every parameter a `DTensor` but the residual mix
     "Split parameters, and so gradients and state, over the ranks: each holds its rows (FSDP, Zhao et al. 2023)."
+    from torch.distributed.device_mesh import init_device_mesh                    # half a second, for whoever shards
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     how = dict(mesh=init_device_mesh(torch.device(device).type, (dist.get_world_size(),)), mp_policy=mixed)
     for part in (*model.blocks, model.wte, *model.values.values()): fully_shard(part, **how)
@@ -73,7 +72,7 @@ def shard_model(
 
 def sharded(t: Tensor) -> bool:
     "Whether a tensor is split over the ranks."
-    return isinstance(t, DTensor)
+    return hasattr(t, "to_local")       # a DTensor
 
 def local(t: Tensor) -> Tensor:
     "This rank's rows of a sharded tensor; any other tensor as it is."

@@ -139,17 +139,18 @@ def train_tokenizer(
 ) -> Tokenizer:
     "Train byte-level BPE: 256 bytes, then merges, then the nine special tokens."
     least, tk, head, size = 256 + len(SPECIAL), _blank(pattern), [], 0
-    if vocab_size < least:
-        raise NanochatError(f"vocab_size={vocab_size} is below {least}: 256 bytes and {len(SPECIAL)} special tokens")
+    if not least <= vocab_size <= 2**20:
+        raise NanochatError(f"vocab_size={vocab_size}: expected {least} (256 bytes, {len(SPECIAL)} marks) to {2**20}")
+    if whole := [s for s in SPECIAL if len(tk.pre_tokenizer.pre_tokenize_str(s)) < 2]:
+        raise NanochatError(f"pattern={pattern!r} leaves {whole[0]} uncut, so text could become it; cut beside its '|'")
     texts = (check_text(t, f"training text {i}") for i, t in enumerate(texts))
     while size < LARGE and (t := next(texts, None)) is not None: head.append(t); size += len(t)
-    texts = itertools.chain(head, texts)
     if size >= LARGE and (fast := _fast(pattern)):
-        pieces = fast.count_pieces(texts, *fast.limits_of(pattern), max_pieces)
+        pieces = fast.count_pieces(itertools.chain(head, texts), *fast.limits_of(pattern), max_pieces)
         tk = _from_merges(pattern, fast.learn_merges(pieces, vocab_size - least, bytes(CHAR_BYTE.values())))
     else:
-        tk.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size - len(SPECIAL), show_progress=False,
-                                                          initial_alphabet=list(CHAR_BYTE)))
+        tk.train_from_iterator(itertools.chain(head, texts), trainers.BpeTrainer(
+            vocab_size=vocab_size - len(SPECIAL), show_progress=False, initial_alphabet=list(CHAR_BYTE)))
     tk.add_special_tokens(list(SPECIAL))
     spec = json.dumps(json.loads(tk.to_str()), ensure_ascii=False, sort_keys=True, indent=1) + "\n"
     return Tokenizer(spec, dict(meta or {}, pattern=pattern))
@@ -221,7 +222,9 @@ def decode(self: Tokenizer,
     skip_special: bool = False, # leave special tokens out instead of showing their names
 ) -> str:                       # bytes that are no UTF-8 become U+FFFD
     "Text of token ids."
-    drop = self.special_ids if skip_special else ()
+    drop, ids = self.special_ids if skip_special else (), list(ids)
+    if wrong := [i for i in ids if not 0 <= i < self.vocab_size]:
+        raise NanochatError(f"{wrong[0]} is no token id from 0 to {self.vocab_size - 1}; leave it out")
     return b"".join(self._bytes[i] for i in ids if i not in drop).decode("utf-8", "replace")
 
 def show_tokens(
@@ -371,7 +374,7 @@ def load(cls: Tokenizer,
     try: meta = read_json(Path(folder)/"meta.json")
     except NanochatError as e: raise NanochatError(f"{e}{again}") from None
     data = file.read_bytes()
-    if hashlib.sha256(data).hexdigest() != meta.get("hash"):
+    if not isinstance(meta, dict) or hashlib.sha256(data).hexdigest() != meta.get("hash"):
         raise NanochatError(f"{file} is not the file that meta.json describes (its sha256 differs){again}")
     return cls(data.decode("utf-8"), meta)
 

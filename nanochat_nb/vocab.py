@@ -71,7 +71,8 @@ def _of_ranks(path: Path, pattern: str) -> Reference:
 def _of_json(path: Path) -> Reference:
     "A reference that `tokenizers` runs: any byte-level tokenizer.json."
     import tokenizers
-    tk = tokenizers.Tokenizer.from_file(str(path))
+    try: tk = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as e: raise NanochatError(f"{path} is no tokenizer.json: {e}; fetch or copy it again") from None
     tk.encode_special_tokens = True
     special, names = set(tk.get_added_tokens_decoder()), [tk.id_to_token(i) or "" for i in range(tk.get_vocab_size())]
     many = lambda texts: [e.ids for e in tk.encode_batch_fast(texts, add_special_tokens=False)]
@@ -125,7 +126,7 @@ def density(
     unit="bytes",     # or "characters"
 ) -> dict:            # name → kind → units a token; empty where the tokenizer is missing
     "How much text a token carries, by tokenizer and kind."
-    length = len if unit == "characters" else lambda x: len(x.encode("utf-8"))
+    length = {"bytes": lambda x: len(x.encode("utf-8")), "characters": len}[unit]
     carried = lambda t, texts: round(sum(map(length, texts)) / max(1, sum(map(len, t.encode_batch(texts)))), 3)
     return {name: {} if isinstance(t, str) else {k: carried(t, texts) for k, texts in kinds.items()}
             for name, t in tokenizers.items()}
@@ -172,6 +173,7 @@ class VocabSettings:
 
 def main(cfg: VocabSettings) -> dict: # the report
     "Print the table and write tokenizer/report.json."
+    if cfg.max_chars < 1: raise NanochatError(f"max_chars={cfg.max_chars}: expected at least 1")
     folder = base_folder(cfg.base_dir)/"tokenizer"
     tok, data = Tokenizer.load(folder), find_data(cfg.source, cfg.base_dir)
     kinds = {f"{s} {k}": list(sample_texts(iter_texts(data, s, k), cfg.max_chars, 10_000, {}))

@@ -1,13 +1,13 @@
 """The loader: what does not read well as a cell of its chapter."""
-import itertools, json, os, random, shutil, signal, subprocess, sys, time, zlib
+import itertools, json, os, random, shutil, signal, subprocess, sys, threading, time, zlib
 from pathlib import Path
 
-import pytest, torch
+import pyarrow as pa, pyarrow.parquet as pq, pytest, torch
 from hypothesis import given, settings, strategies as st
 
 from nanochat_nb.data import iter_texts, write_shards
 from nanochat_nb import loader as loader_module
-from nanochat_nb.loader import (ChatLoader, DocStream, MixLoader, TextLoader, encode_flat, eval_batches,
+from nanochat_nb.loader import (ChatLoader, DocStream, MixLoader, Prefetch, TextLoader, encode_flat, eval_batches,
                                 prepare_cache)
 from nanochat_nb.packing import Packer
 from nanochat_nb.settings import NanochatError
@@ -258,6 +258,7 @@ def test_errors_name_the_thing_and_the_remedy(made, tmp_path):
     fails(r"batch_rows=6 .* world_size=4 .* use batch_rows=8", lambda: text(made, batch_rows=6, world_size=4))
     fails("rank=4 is not one of the ranks 0…3", lambda: chat(made, rank=4, world_size=4))
     fails("seq_len=0", lambda: text(made, seq_len=0))
+    fails("workers=-1", lambda: text(made, workers=-1))
     fails("no documents of split 'test'", lambda: text(made, split="test"))
     fails("no manifest.json", lambda: TextLoader(tmp_path, tok, seq_len=8, batch_rows=1))
     fails("lang='fr'", lambda: eval_batches(folder, tok, lang="fr", seq_len=8, batch_rows=1, n_tokens=9))
@@ -282,6 +283,11 @@ def test_damaged_shards(made, tmp_path):
         while loader.epoch < 1: next(loader)
     (broken / name).write_bytes(whole[:len(whole) // 2])
     with pytest.raises(NanochatError, match=f"cannot read shard .*{name}.*prepare the data again"): run()
+    table = pq.read_table(made[0] / name)
+    bad = pa.array([b"\xff\xfe", *table["text"].to_pylist()[1:]], pa.binary())
+    bad = pa.Array.from_buffers(pa.string(), len(bad), bad.buffers())          # parquet does not look whether it is UTF-8
+    pq.write_table(table.set_column(table.schema.get_field_index("text"), "text", bad), broken / name)
+    with pytest.raises(NanochatError, match=f"cannot read shard .*{name}.*UTF8.*prepare the data again"): run()
     (broken / name).unlink()
     with pytest.raises(NanochatError, match=f"lacks 1 of its shards: {name}"): run()
     manifest = json.loads((broken / "manifest.json").read_text(encoding="utf-8"))
@@ -322,6 +328,32 @@ def test_worker_trouble_is_one_clear_error_and_no_worker_outlives_its_loader(mad
     os.kill(loader.pool.processes[0].pid, signal.SIGKILL)
     with pytest.raises(NanochatError, match="ended with status -9 .*fewer workers"):
         while True: next(loader)
+
+
+def test_a_worker_killed_inside_a_chunk_is_an_error_and_prefetching_can_go_on(made, tmp_path):
+    "Chunks larger than a pipe holds: the worker is killed with half of one written, and nobody may wait for the rest."
+    fat = [dict(made[1][0], text="".join(d["text"] for d in made[1][i::16])) for i in range(16)]
+    write_shards(fat, tmp_path / "fat", source="fat", val_fraction=0.05)
+    ahead = Prefetch(TextLoader(tmp_path / "fat", train_tokenizer([], 265), seq_len=8, batch_rows=1, workers=1))
+    next(ahead)
+    state, pool, said = ahead.state_dict(), ahead.loader.pool, []
+    assert len(encode_flat(ahead.loader.tokenizer, [fat[0]["text"]])[0]) * 2 < 2**16   # one fits, a few do not
+    end = time.time() + 20
+    while not pool.queues[0].full() and time.time() < end: time.sleep(0.01)
+    time.sleep(0.3)                                                                    # the pipe fills up
+    os.kill(pool.processes[0].pid, signal.SIGKILL)
+    def drain():
+        with pytest.raises(NanochatError, match="ended with status -9 .*fewer workers"):
+            while True: next(ahead)
+        said.append(1)
+    thread = threading.Thread(target=drain, daemon=True)
+    thread.start(); thread.join(60)
+    assert said, "the reader waits for the rest of a chunk for ever"
+    ahead.load_state_dict(state)                                                       # another worker, from there
+    rest = TextLoader(tmp_path / "fat", ahead.loader.tokenizer, seq_len=8, batch_rows=1)
+    rest.load_state_dict(state)
+    for _ in range(3): assert torch.equal(next(ahead)[0], next(rest)[0])
+    if ahead.loader.pool: ahead.loader.pool.close()
 
 
 RUN = """
@@ -380,9 +412,17 @@ def test_a_cache_that_does_not_fit_is_an_error(made, cache, tmp_path):
         loader = text(made, cache=copy)
         while loader.epoch < 1: next(loader)
     fails(r"tokens_00000.bin holds \d+ documents, not", read)
+    first.write_bytes(whole)
+    running = text(made, cache=copy)
+    next(running)
     fails("another tokenizer", lambda: prepare_cache(folder, other, str(tmp_path / "base")))
     prepare_cache(folder, other, str(tmp_path / "base"), mend=True)
     text((folder, docs, other), cache=copy)
+    def go_on():
+        while running.epoch < 1: next(running)
+    other600 = train_tokenizer((d["text"] for d in docs[:200]), 600)      # of the same size, so the same bos
+    prepare_cache(folder, other600, str(tmp_path / "base"), mend=True)
+    fails(r"holds .* and [\d,]+ tokens, not [\d,]+; make it again", go_on)
 
 
 def test_a_cache_half_written_is_no_cache(made, tmp_path, monkeypatch):

@@ -1,5 +1,5 @@
 "The tokenizer against transformers, on any Unicode text, on bad conversations and files, and as a command."
-import ast, dataclasses, inspect, json, re, subprocess, sys
+import ast, dataclasses, inspect, itertools, json, re, subprocess, sys
 from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -67,8 +67,14 @@ def test_bad_conversations(messages, say):
 def test_other_bad_input():
     for call, say in [(lambda: TOK.render([USER, BOT]), "'messages'"), (lambda: TOK.render_prompt([USER, BOT]), "message 1"),
                       (lambda: TOK.render_prompt([]), "list of messages"), (lambda: check_text("broken \ud83d"), "character 7"),
-                      (lambda: train_tokenizer(["ok", "\ud800"], 300), "training text 1"), (lambda: train_tokenizer(["ok"], 264), "265")]:
+                      (lambda: train_tokenizer(["ok", "\ud800"], 300), "training text 1"), (lambda: train_tokenizer(["ok"], 264), "265"),
+                      (lambda: train_tokenizer(["ok"], 10**9), "vocab_size=1000000000: expected 265 .* to 1048576")]:
         with pytest.raises(NanochatError, match=say): call()
+
+@pytest.mark.parametrize("pattern", [r"\S+|\s", r"\s?\S+", ".+", r"[\w<|>]+"])
+def test_a_pattern_under_which_text_could_become_a_mark_is_refused(pattern):
+    texts = itertools.chain(["say <|bos|> <|user_end|>"] * 9, (pytest.fail("read to the end") for _ in [0]))
+    with pytest.raises(NanochatError, match=r"leaves <\|bos\|> uncut, so text could become it"): train_tokenizer(texts, 400, pattern)
 
 def test_parts_of_a_user_message_are_joined():
     parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
@@ -82,6 +88,9 @@ def test_damaged_files(tmp_path):
         with pytest.raises(NanochatError, match="tokenizer.json is not the file"): Tokenizer.load(tmp_path)
     TOK.save(tmp_path)
     assert Tokenizer.load(tmp_path).hash == TOK.hash
+    for other in ("[]", "null", "{}"):
+        (tmp_path/"meta.json").write_text(other)
+        with pytest.raises(NanochatError, match="is not the file that meta.json describes"): Tokenizer.load(tmp_path)
     (tmp_path/"meta.json").write_text("{")
     with pytest.raises(NanochatError, match="meta.json"): Tokenizer.load(tmp_path)
     (tmp_path/"meta.json").unlink()
