@@ -251,4 +251,5 @@ def check_same_tokenizer(
     want = str(meta.get("tokenizer_hash"))
     if want != tokenizer_hash:
         raise NanochatError(f"the checkpoint of step {meta.get('step')} belongs to tokenizer {want[:12]}, but in use "
-                            f"is {tokenizer_hash[:12]}; put that tokenizer back, or train under another tag")
+                            f"is {tokenizer_hash[:12]}; put that one back (tokenizer-{want[:12]}, if it was replaced), "
+                            "or train under another tag")

@@ -8,7 +8,7 @@ __all__ = ['COLOURS', 'CHAR_BYTE', 'SPLIT_PATTERN', 'SPECIAL', 'LARGE', 'BATCH',
            'TokenizerSettings', 'sample_texts', 'recipe_of', 'prepare_tokenizer', 'main']
 
 # %% ../nbs/01_tokenizer.ipynb #5afec068
-import codecs, hashlib, html, importlib.util, itertools, json, sys, time
+import codecs, hashlib, html, importlib.util, itertools, json, shutil, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, tokenizers
@@ -426,7 +426,7 @@ def prepare_tokenizer(
     for name in ("max_chars", "doc_cap", "max_pieces", "han"):
         if getattr(cfg, name) < 1: raise NanochatError(f"{name}={getattr(cfg, name)}: expected at least 1")
     data, folder = find_data(cfg.source, cfg.base_dir), base_folder(cfg.base_dir)/"tokenizer"
-    recipe, meta = recipe_of(cfg, read_manifest(data)), {"source": cfg.source}
+    recipe, meta, old = recipe_of(cfg, read_manifest(data)), {"source": cfg.source}, None
     if (folder/"meta.json").exists() and not cfg.retrain:
         try: old = Tokenizer.load(folder)
         except NanochatError as e: print(f"making the tokenizer again, because {e}", file=sys.stderr)
@@ -439,8 +439,10 @@ def prepare_tokenizer(
     val = {k: list(sample_texts(iter_texts(data, "val", k), 1_000_000, cfg.doc_cap, {})) for k in ("zh", "en")}
     tok.meta |= meta | dict(recipe=recipe, seconds=round(time.perf_counter() - start, 2),
                             bytes_per_token={k: round(compression(tok, v), 3) for k, v in val.items() if v})
-    tok.save(folder)
-    return Tokenizer.load(folder)
+    if old and old.hash != tok.hash:                                        # checkpoints may have been made with it
+        shutil.copytree(folder, kept := folder.with_name(f"tokenizer-{old.hash[:12]}"), dirs_exist_ok=True)
+        print(f"the tokenizer that was there is kept as {kept}", file=sys.stderr)
+    tok.save(folder); return Tokenizer.load(folder)
 
 # %% ../nbs/01_tokenizer.ipynb #cc7cba42
 def main(cfg: TokenizerSettings) -> Tokenizer:

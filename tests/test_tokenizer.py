@@ -114,6 +114,8 @@ def test_prepare_finds_or_makes(own, capsys):
     assert first.vocab_size == 600 and set(first.meta["bytes_per_token"]) == {"zh", "en"}
     assert prepare_tokenizer(own).hash == first.hash and meta.stat().st_mtime_ns == stamp   # found
     assert prepare_tokenizer(dataclasses.replace(own, vocab_size=500)).vocab_size == 500    # another recipe
+    kept = meta.parent.with_name(f"tokenizer-{first.hash[:12]}")
+    assert Tokenizer.load(kept).hash == first.hash and str(kept) in capsys.readouterr().err # checkpoints may need it
     assert prepare_tokenizer(own).hash == first.hash                                        # and the same again
     (meta.parent/"tokenizer.json").write_text("cut in half")
     assert prepare_tokenizer(own).hash == first.hash and "making the tokenizer again" in capsys.readouterr().err
