@@ -147,11 +147,11 @@ def text_of(cfg: PlanSettings) -> dict: # vocab_size, chars_per_token, measured,
     vocab_size = cfg.vocab_size or (read_json(meta)["vocab_size"] if meta.exists() else 65536)
     t = dict(vocab_size=vocab_size, measured=measured, there=cfg.n_chars,
              chars_per_token=cfg.chars_per_token or measured.get("all", CHARS_PER_TOKEN), bytes_per_char=BYTES_PER_CHAR)
-    if not cfg.source: return t
-    folder = source_folder(DataSettings(source=cfg.source, base_dir=cfg.base_dir))
+    if not (source := cfg.source or measured and read_json(meta).get("source", "world")): return t
+    folder = source_folder(DataSettings(source=source, base_dir=cfg.base_dir))
     shards = read_manifest(folder)["shards"]
     n, size = (sum(s[k] for s in shards if s["split"] == "train") for k in ("characters", "bytes"))
-    return t | dict(there=cfg.n_chars or n, bytes_per_char=size / n)
+    return t | dict(there=cfg.n_chars or (n if cfg.source else 0), bytes_per_char=size / n)
 
 # %% ../nbs/02d_plan.ipynb #15b955a9
 def make_plan(cfg: PlanSettings) -> dict: # JSON-able; `advice` is a list of sentences

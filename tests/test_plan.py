@@ -55,6 +55,9 @@ def test_what_is_in_place_is_measured(base):
     assert p["there"] == sum(s["characters"] for s in train) and p["shards"] == len(train) == 1
     assert p["disk"]["base_data"] == pytest.approx(sum(s["bytes"] for s in train), rel=1e-6)
     assert p["epochs"] == pytest.approx(p["tokens"] * p["chars_per_token"] / p["there"]) and "times" in p["advice"][-1]
+    q = make_plan(PlanSettings(base_dir=base, depth=4, n_gpu=1, seq_len=256, batch_tokens=2048, ratio=1.0))   # text as the tokenizer's
+    size = sum(s["bytes"] for s in train) / sum(s["characters"] for s in train)
+    assert q["there"] == 0 and q["disk"]["base_data"] == pytest.approx(q["chars"] * size, rel=1e-6)
 
 def test_a_token_holds_what_the_mix_of_languages_says(base, tmp_path):
     "Ten Chinese characters to one English: not half and half, though as many documents of each are held out."
