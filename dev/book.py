@@ -108,8 +108,8 @@ def sync(fix=False, staged=False) -> list:
         if done.returncode: return [f"export failed:\n{(done.stdout + done.stderr)[-2000:]}"]
         after = _tree(root)
         sources = {m for nb in (root/"nbs").glob("*.ipynb") for m in re.findall(r'"#\|\s*default_exp ([\w.]+)', nb.read_text(encoding="utf-8"))}
-    verb = "changed" if fix else "would change"
-    out = [f"{f}: export or clean {verb} it; a module is edited in its notebook" for f in after if before.get(f) != after[f]]
+    said = "brought into line" if fix else "is not what its notebook exports, or not clean; edit notebooks alone, then make sync"
+    out = [f"{f}: {said}" for f in after if before.get(f) != after[f]]
     out += [f"{f}: no notebook exports it" for f in after
             if f.startswith("nanochat_nb/") and Path(f).stem not in sources and not Path(f).stem.startswith("_")]
     if not staged and (ROOT/".git").exists():
@@ -307,7 +307,8 @@ def main():
     else:
         problems = check(a.chapters) if a.command == "check" else sync(a.fix, a.staged)
         for p in problems: print(p)
-        print(f"{len(problems)} problem(s)" if problems else "ok")
-        sys.exit(bool(problems) and not getattr(a, "fix", False))
+        fixed = getattr(a, "fix", False)
+        print(f"{len(problems)} {'line(s) to read' if fixed else 'problem(s)'}" if problems else "ok")
+        sys.exit(bool(problems) and (not fixed or problems[0].startswith("export failed")))
 
 if __name__ == "__main__": main()

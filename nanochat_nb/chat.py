@@ -14,7 +14,7 @@ from .settings import NanochatError, did_you_mean, run_main
 from .tokenizer import _span
 from .runtime import init_runtime
 from .engine import Engine, Reader
-from .evals import load_engine
+from .evals import find_checkpoint, load_engine
 from .rl import sampled
 
 # %% ../nbs/08_chat.ipynb #d4aff724
@@ -238,10 +238,11 @@ def main(cfg: ChatSettings):
     engine = load_engine(cfg.base_dir, cfg.stage, cfg.tag, init_runtime(cfg.device, cfg.dtype))
     engine.compile = cfg.compile
     talk = Conversation(engine, cfg.max_tokens, cfg.temperature, cfg.top_k or None, cfg.seed)
+    who = f"{find_checkpoint(cfg.base_dir, cfg.stage, cfg.tag)} answers; others by --stage, --tag"
     if not cfg.prompt:
-        if sys.stdin.isatty(): print(HELP)
+        if sys.stdin.isatty(): print(HELP, who, sep="\n")
         return chat_loop(talk, typed())
     for piece in talk.ask(cfg.prompt): print(piece, end="", flush=True)
-    print()
+    print(); print(f"({who})", file=sys.stderr)
 
 if __name__ == "__main__" and "get_ipython" not in globals(): run_main(main, ChatSettings)

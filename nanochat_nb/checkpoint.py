@@ -84,6 +84,7 @@ def set_rng_state(state: dict):
 def write_state(path, tree, tensors: dict):
     "Write a snapshot as one safetensors file; what is no tensor goes into its header as JSON."
     save_file(tensors, path, metadata={"state": json.dumps(tree)})
+    Path(path).chmod(Path(path).parent.stat().st_mode & 0o666)      # safetensors makes it for the owner alone
     _fsync(path)
 
 def read_state(path, device="cpu") -> dict:

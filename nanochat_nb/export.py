@@ -153,6 +153,7 @@ def _write(folder: Path, state: dict, config: dict, tokenizer: Tokenizer, card: 
     state = {k: v.to("cpu", DTYPES[config["dtype"]]).contiguous() for k, v in state.items()}
     folder.mkdir(parents=True)
     save_file(state, folder/"model.safetensors", metadata={"format": "pt"})
+    (folder/"model.safetensors").chmod(folder.stat().st_mode & 0o666)
     write_json(folder/"config.json", config | ends)
     if "auto_map" in config: shutil.copy(MODELING, folder/"modeling_nanochat_nb.py")
     write_json(folder/"generation_config.json", ends | dict(max_new_tokens=256, do_sample=False))

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from .settings import NanochatError, run_main
 from .runtime import init_runtime
 from .engine import Engine, Reader, Request
-from .evals import load_engine
+from .evals import find_checkpoint, load_engine
 from .chat import AnswerSettings, fit_prompt
 
 # %% ../nbs/08a_server.ipynb #1866c0ef
@@ -404,7 +404,8 @@ def main(cfg: ServerSettings):
         print("warning: anyone who reaches this address may use it; set --api_key", file=sys.stderr)
     app = make_app(worker, cfg, cfg.tag or f"nanochat-d{engine.model.cfg.n_layer}")
     host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
-    print(f"http://{host}:{s.getsockname()[1]}  (stop with Ctrl-C)", flush=True)
+    where = find_checkpoint(cfg.base_dir, cfg.stage, cfg.tag)
+    print(f"http://{host}:{s.getsockname()[1]}  answers from {where}  (stop with Ctrl-C)", flush=True)
     try: serve(app, worker, s)
     finally: worker.close()
 

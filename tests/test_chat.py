@@ -42,7 +42,7 @@ def test_command_says_what_is_wrong(base):
         assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: ") and said in done.stderr, done.stderr
     done = chat(base[0], "--prompt", "你好", "--temperature", "0", "--dtype", "float32")
     want = base[1].chat([{"role": "user", "content": "你好"}], max_tokens=30, temperature=0).replace("\r", "\n")
-    assert (done.returncode, done.stdout) == (0, want + "\n")
+    assert (done.returncode, done.stdout) == (0, want + "\n") and "sft_checkpoints/d4 answers; others by --stage" in done.stderr
 
 def test_tokens_that_are_no_whole_character_show_their_bytes(base):
     talk = Conversation(base[1])
