@@ -127,7 +127,6 @@ def _variety(h: np.ndarray, lens: np.ndarray) -> np.ndarray:
     different = np.bincount((key[new] >> np.uint64(32)).astype(np.int64), minlength=len(lens))
     return np.where(total > 16, different / np.maximum(total, 1), 1.0)
 
-
 # %% ../nbs/00b_clean.ipynb #4100a57c
 def _measure(texts: list[str], bins: int) -> dict:
     "The counts of one batch, small enough for the processor's cache."
@@ -155,7 +154,7 @@ def measure(
 class CleanSettings:
     "What is cleaned and how strictly; a threshold of 0 switches its rule off."
     source: str = "world"  # world, or files and folders separated by commas (parquet, jsonl, txt, csv)
-    out: str = ""  # folder of the cleaned shards; empty: base_data/<source>-clean
+    out: str = ""  # folder of the cleaned shards; empty: base_data/<source>-<hash>-clean
     base_dir: str = ""  # base folder; empty: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat
     n_chars: int = 4_000_000  # world: about how many characters to tell
     min_bytes: int = 60  # shorter documents go; a Han character is three bytes
@@ -330,7 +329,6 @@ def _find(texts: pa.Array, pattern: str) -> np.ndarray:
     "Indices of the texts in which RE2 finds `pattern`."
     return np.flatnonzero(pc.match_substring_regex(texts, "(?im)" + pattern).to_numpy(zero_copy_only=False))
 
-
 # %% ../nbs/00b_clean.ipynb #2989fb7f
 def _handwork(texts: list[str], cfg: CleanSettings, seen: Counter) -> None:
     "Remove boilerplate and mask private data, in place."
@@ -389,7 +387,6 @@ def _read(source) -> Iterator[tuple[str, str | None]]:
                     if not all(isinstance(t, str) for t in texts): list(data.read_documents(x))  # names the row
                     yield from zip(texts, b["lang"].to_pylist() if "lang" in names else [None] * len(texts))
 
-
 # %% ../nbs/00b_clean.ipynb #d9faf15d
 def _batches(rows: Iterable, size: int = 8_000_000) -> Iterator[tuple[list, list]]:
     "Texts and languages in batches of at most 4,096 and about `size` characters."
@@ -410,7 +407,6 @@ class _Report:
         return {"documents": self.n, "characters": self.characters, "kept": kept,
                 "altered": dict(sorted(self.did.items())), "dropped": {r: self.dropped[r] for r in RULES[1:]},
                 "samples": {r: [x for _, x in s] for r, s in self.samples.items()}}
-
 
 # %% ../nbs/00b_clean.ipynb #99bd2cd5
 def _first_pass(source, cfg: CleanSettings, spool: Path, rep: _Report) -> dict:
@@ -454,7 +450,6 @@ def _held(found: dict, rule: np.ndarray) -> np.ndarray:
         n = max(round(0.01 * len(mine)), min(64, max(1, len(mine) // 10)))
         held[mine[np.argsort(found["hash"][mine])[:n]]] = True
     return held
-
 
 # %% ../nbs/00b_clean.ipynb #88a1992d
 def _second_pass(spools: list, twin: np.ndarray, rule: np.ndarray, held: np.ndarray, h: np.ndarray,
@@ -512,9 +507,10 @@ def clean(
 
 # %% ../nbs/00b_clean.ipynb #8add2184
 def out_folder(cfg: CleanSettings) -> Path:
-    "Where the shards go: `out`, else base_data/<source>-clean."
-    name = "world" if cfg.source == "world" else Path(cfg.source.split(",")[0].strip()).stem
-    return Path(cfg.out) if cfg.out else base_folder(cfg.base_dir) / "base_data" / f"{name}-clean"
+    "Where the shards go: `out`, else base_data/<source>-clean, for paths with a short hash as in `data.source_folder`."
+    name = cfg.source + "," * (cfg.source != "world")                              # with a comma: a list of paths
+    folder = data.source_folder(data.DataSettings(source=name, base_dir=cfg.base_dir))
+    return Path(cfg.out) if cfg.out else folder.with_name(f"{folder.name}-clean")
 
 def print_report(folder: Path, report: dict) -> None:
     "The counts, then one JSON object."

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from . import data
-from .settings import NanochatError, atomic_path, base_folder, run_main
+from .settings import NanochatError, atomic_path, base_folder, read_json, run_main, write_json
 
 # %% ../nbs/04a_convert.ipynb #62071762
 def from_instruction(row: dict) -> list[dict]: # messages
@@ -53,8 +53,6 @@ def to_conversation(row, where: str) -> dict: # {"messages"}
     text = lambda c: c if isinstance(c, str) else "".join(p["text"] for p in c)
     for i, t in enumerate((text(m["content"]) for m in messages), 1):
         if not t.strip(): raise NanochatError(f"{where}, message {i}: is empty")
-        if any("\ud800" <= c <= "\udfff" for c in t):
-            raise NanochatError(f"{where}, message {i}: holds half a surrogate pair; remove it")
     return {"messages": messages}
 
 # %% ../nbs/04a_convert.ipynb #7a5867c3
@@ -106,12 +104,18 @@ def make(cfg: ConvertSettings) -> dict: # folder and counts
     "Convert, split and write; nothing is written while a row is bad."
     if not 0 <= cfg.val_fraction < 1: raise NanochatError(f"val_fraction={cfg.val_fraction}: expected a share, say 0.1")
     if not cfg.source: raise NanochatError("source is empty; expected a file of dialogues, JSONL or a JSON list")
-    good, bad = convert(Path(cfg.source).expanduser(), cfg.stop)
+    source = Path(cfg.source).expanduser()
+    folder = Path(cfg.out or base_folder(cfg.base_dir) / "task_data" / source.stem).expanduser()
+    note, mine = folder / "source.json", str(source.absolute())
+    old = read_json(note) if note.exists() else "an unknown file"
+    if not cfg.out and (folder / "train.jsonl").exists() and old != mine:
+        raise NanochatError(f"{folder} was made of {old}, not of {mine}; give --out a folder of its own, or delete it")
+    good, bad = convert(source, cfg.stop)
     if bad and not cfg.skip_bad:
         raise NanochatError(f"{len(bad)} of {len(good) + len(bad)} rows cannot be used; mend them or add --skip_bad: "
                             + "; ".join(bad[:5]))
     if not good: raise NanochatError(f"{cfg.source} holds no conversation that could be used")
-    folder = Path(cfg.out or base_folder(cfg.base_dir) / "task_data" / Path(cfg.source).stem).expanduser()
+    write_json(note, mine)
     parts = dict(zip(("train", "val"), hold_out(good, cfg.val_fraction, cfg.seed)))
     for name, rows in parts.items():
         with atomic_path(folder / f"{name}.jsonl") as tmp:

@@ -422,7 +422,8 @@ def comparison(
         out.append([k, *map(text, known)])
     out += [[f"bits a byte {l}", *(f"{r['bpb'][l]:.4f}" if l in r["bpb"] else "" for r in runs)] for l in ("zh", "en")]
     for k, digits in dict(loss=4, tokens=0, tokens_per_s=0, seconds=0).items():
-        out.append([k, *(f"{r[k]:,.{digits}f}" for r in runs)])
+        note = lambda r: " (steps alone)" * (k == "seconds" and not r["clock"])
+        out.append([k, *(f"{r[k]:,.{digits}f}{note(r)}" for r in runs)])
     cost = [r["seconds"] * r.get("ranks", 0) * price / 3600 for r in runs]            # without a record of ranks: none
     out.append(["on", *(f"{r['ranks']} × {r.get('hardware') or '?'}" if "ranks" in r else "" for r in runs)])
     if price: out.append(["cost", *(f"${c:,.2f}" if c else "" for c in cost)])

@@ -238,7 +238,7 @@ def stage_record(
     stage: str,  # base, mid, sft or rl
     tag: str,
 ) -> dict:       # empty if the stage left no metrics; else settings, steps, tokens, seconds, …; ranks if they are known
-    "What a training stage left behind."
+    "What a training stage left behind; clock: whether seconds are those of the process, or of its steps alone."
     folder, name = base / f"{stage}_checkpoints" / tag, STAGES[stage]
     rows = read_metrics(folder / "metrics.jsonl")
     steps = [r for r in rows if "tok_per_s" in r]
@@ -247,10 +247,11 @@ def stage_record(
     out |= {k: steps[-1][k] for k in ("tokens", "seconds", "loss")}
     out |= dict(steps=steps[-1]["step"] + 1, tokens_per_s=sorted(r["tok_per_s"] for r in steps)[len(steps) // 2])
     out["bpb"] = {l: r[k] for r in rows for l in ("zh", "en") if r.get(k := f"bpb_{l}") is not None}
-    for p in (folder / "report.json", base / "report" / f"{name}.json"):  # the run's own card; the last run's record
+    for p in (base / "report" / f"{name}.json", folder / "report.json", folder / "record.json"):  # surest last
         w = (w := read_json(p) if p.exists() else {}).get("stages", {name: w}).get(name, {})
         if w.get("settings", {}).get("tag") == tag and w.get("loss", out["loss"]) == out["loss"]:
             out |= {k: w[k] for k in ("ranks", "hardware") if k in w} | dict(seconds=max(w["seconds"], out["seconds"]))
+    out["clock"] = out["seconds"] > steps[-1]["seconds"]
     return out | {"samples": r["samples"] for r in rows if "samples" in r}
 
 # %% ../nbs/06_eval.ipynb #4cc662fa
@@ -292,11 +293,11 @@ def _scores(name: str, tables: list[dict]) -> list[str]:
     return [f"{t[name]['acc']:.3f} ({t[name]['ci95'][0]:.2f} – {t[name]['ci95'][1]:.2f})" for t in tables]
 
 def _exam_lines(r: dict) -> list[str]:
-    "Table of the exams, stages side by side."
+    "Table of the exams, stages side by side; empty if none was sat."
     tables = {lang: [exam_rows(e[lang]) for e in r["exams"].values()] for lang in ("zh", "en")}
     rows = [[f"{lang} {name}", *_scores(name, ts), f"{x['chance']:.2f}", x["n"]]
             for lang, ts in tables.items() for name, x in ts[-1].items()]
-    return markdown_table(["exam", *(f"{s} (95 %)" for s in r["exams"]), "chance", "n"], rows)
+    return [*markdown_table(["exam", *(f"{s} (95 %)" for s in r["exams"]), "chance", "n"], rows), ""] if rows else []
 
 # %% ../nbs/06_eval.ipynb #82e57072
 def sit_tasks(
@@ -329,7 +330,8 @@ def _stage_lines(r: dict) -> list[str]:
         trained = [f"{x['tokens']:,}", f"{x['tokens_per_s']:,.0f}", bpb] if "tokens" in x else [""] * 3
         cost = s * x.get("ranks", 0 if "tokens" in x else 1) * r.get("price", 0) / 3600   # of unknown ranks: none
         on = f"{x.get('ranks', 1)} × {x['hardware']}" if x.get("hardware") else ""
-        rows.append([k, f"{s:.1f}", *trained, f"${cost:,.2f}" if cost else "", on])
+        took = f"{s:.1f}" + " (steps alone)" * (not x.get("clock", True))
+        rows.append([k, took, *trained, f"${cost:,.2f}" if cost else "", on])
     return markdown_table(["stage", "seconds", "tokens", "tokens/s", "bits a byte zh / en", "cost", "on"], rows)
 
 # %% ../nbs/06_eval.ipynb #83e73558
@@ -338,20 +340,20 @@ def report_markdown(
     pictures: list = (),  # names of PNG files beside the page
 ) -> str:
     "The report card as a page."
-    m, said = r.get("model"), []
-    for lang, table in r["exam"].items():
+    m, said, world = r.get("model"), [], f", {r['world']}" if any(r["exam"].values()) and "world" in r else ""
+    for lang, table in [*r["exam"].items(), ("", r["tasks"].get(r["exam_of_stage"], {}))]:
         for name, row in exam_rows(table).items():
             if x := next(iter(row.get("samples", [])), None):
                 told = (" / ".join(x[k].splitlines()).replace("|", "\\|") for k in ("question", "answer", "said"))
-                said.append([f"{lang} {name}", *told])
+                said.append([f"{lang} {name}".strip(), *told])
+    if said: said = ["", *markdown_table(["exam", "first question", "right", "said"], said)]
     about = [f"{m['n_layer']} layers × {m['n_embd']}, {m['params']:,} parameters, vocabulary {m['vocab_size']:,}, "
-             f"context {m['seq_len']:,}; exams on {r['device']}, {r['world']}", ""] if m else []
+             f"context {m['seq_len']:,}; exams on {r['device']}{world}", ""] if m else []
     samples = r["stages"].get("pretrain", {}).get("samples", {}).items()
     wrote = [f"- {l}: {' / '.join(t.splitlines())}" for l, t in samples]
     if wrote: wrote = ["", "The base model, continuing:", "", *wrote]
-    return "\n".join([f"# Report card · {r['tag']}", "", *about, *_exam_lines(r), "", *_task_lines(r), *_stage_lines(r),
-                      "", *(f"![{p}]({p})" for p in pictures), "",
-                      *markdown_table(["exam", "first question", "right", "said"], said), *wrote]) + "\n"
+    return "\n".join([f"# Report card · {r['tag']}", "", *about, *_exam_lines(r), *_task_lines(r), *_stage_lines(r),
+                      "", *(f"![{p}]({p})" for p in pictures), *said, *wrote]) + "\n"
 
 # %% ../nbs/06_eval.ipynb #6629fbf5
 def plot_exam(
@@ -391,13 +393,14 @@ def write_report(
 ):
     "`<base>/report/report.{json,md}`, the pictures of the page, and a report.json in the folder of each run examined."
     curves = {s: read_metrics(base / f"{s}_checkpoints" / r["tag"] / "metrics.jsonl") for s in STAGES}
-    figures = {"exams.png": plot_exam(r), "stages.png": plot_stages(r)}
+    figures = ({"exams.png": plot_exam(r)} if any(r["exam"].values()) else {}) | {"stages.png": plot_stages(r)}
     figures |= {f"{s}_curves.png": plot_metrics(rows, f"{s} {r['tag']}") for s, rows in curves.items() if rows}
     page = report_markdown(r, [*figures])
     for name, fig in figures.items():
         with atomic_path(base / "report" / name) as tmp: fig.savefig(tmp, format="png", dpi=120)
     for p in [f"{s}_checkpoints/{r['tag']}" for s in r["exams"]] + ["report"]: write_json(base / p / "report.json", r)
     with atomic_path(base / "report" / "report.md") as tmp: tmp.write_text(page, encoding="utf-8")
+    if "exams.png" not in figures: (base / "report" / "exams.png").unlink(missing_ok=True)    # of a run before
 
 # %% ../nbs/06_eval.ipynb #ef9d06a6
 def evaluate(cfg: EvalSettings) -> dict: # the report

@@ -292,7 +292,7 @@ def restore(self: Trainer):
 @patch
 def set_aside(self: Trainer):
     "Move an earlier run of this tag to `before/`, replacing what was there, or finish a move that was cut short."
-    way, names = self.folder / ".before", ("step_*", "latest", "metrics.jsonl", "report.json")
+    way, names = self.folder / ".before", ("step_*", "latest", "metrics.jsonl", "report.json", "record.json")
     if self.rt.is_main and (way.exists() or latest_step(self.folder) is not None):
         way.mkdir(exist_ok=True)
         for p in [p for name in names for p in self.folder.glob(name)]: p.rename(way / p.name)
@@ -404,8 +404,10 @@ def train(cfg: PretrainSettings) -> dict: # the last values of everything measur
     look = evaluator(cfg, rt, tok, model, data), sampler(rt, tok, model, data)
     out = Trainer(cfg, rt, tok, model, loader, base / "base_checkpoints" / cfg.tag, p.steps, p.device_batch,
                   p.batch_tokens, *look).fit()
-    report = dict(settings=asdict(cfg), seconds=time.time() - began, ranks=rt.world_size, hardware=hardware())
-    if rt.is_main: write_json(base / "report" / "pretrain.json", report)
+    report = dict(settings=asdict(cfg), seconds=time.time() - began, ranks=rt.world_size, hardware=hardware(),
+                  loss=out.get("loss"))
+    for p in (Path(out["folder"]) / "record.json", base / "report" / "pretrain.json"):   # the run's own; the last run's
+        if rt.is_main: write_json(p, report)
     close_runtime()
     return out
 

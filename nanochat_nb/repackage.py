@@ -72,7 +72,6 @@ def _row_groups(tables: Iterable[pa.Table], size: int) -> Iterator[tuple[int, pa
             if chars >= size: shard, chars = shard + 1, 0
     if group: yield shard, pa.concat_tables(group)
 
-
 # %% ../nbs/00d_repackage.ipynb #72b58afd
 def _write_split(tables: Iterable[pa.Table], folder: Path, split: str, first: int, size: int) -> list[dict]:
     "Write the shards of a split, numbered from `first`; their manifest entries."
@@ -113,13 +112,16 @@ class Stream:
     got: int = 0               # characters
     rows: int = 0
     rounds: int = 0            # how often it was read to its end
+    part: float = 1.0          # of the documents there, known after a round
     def tables(self) -> Iterator[pa.Table]:
-        while not self.rounds or self.rows:            # nothing in the first round: nothing ever
+        seen = 0
+        while self.part:                               # nothing in the first round: nothing ever
             for path, held in self.files:
                 for t in text_tables(path):
+                    seen += t.num_rows
                     if self.lang: t = t.filter(pc.equal(t["lang"], self.lang))
                     if t.num_rows: yield t.append_column("held", pa.array(np.full(t.num_rows, held)))
-            self.rounds += 1
+            self.rounds, self.part = self.rounds + 1, self.rows / max(seen, 1)
             yield SCHEMA.empty_table()
 
 # %% ../nbs/00d_repackage.ipynb #44bfd606
@@ -136,6 +138,12 @@ def _pieces(s: Stream, size: int = 1 << 15) -> Iterator[pa.Table]:
             if s.rows == s.count: return
         if not t.num_rows: yield t
 
+# %% ../nbs/00d_repackage.ipynb #d3a10c02
+_RARE = 0.05  # a language below this part of a source's documents is there by chance
+def _counted(streams: list[Stream]) -> list[Stream]:
+    "All but those known to be empty, and those of a language that is rare there and not elsewhere."
+    common = {s.lang for s in streams if s.part >= _RARE}
+    return [s for s in streams if s.part >= _RARE or s.part and s.lang not in common]
 
 # %% ../nbs/00d_repackage.ipynb #8333ea35
 def blend(
@@ -143,18 +151,20 @@ def blend(
     stop: str = "last",            # "last": until each was read once; "first": until one is used up
     zh: float = -1.0,              # share of Chinese characters; -1: as it comes
 ) -> Iterator[pa.Table]:           # columns text, lang, held
-    "Take from whoever is owed most: first the language, then the source in it."
-    share, pieces = {"zh": zh, "en": 1 - zh, "": 1}, [_pieces(s) for s in streams]
+    "Take from whoever is owed most: first the language, then the source in it; none of them over 100 times for `zh`."
+    share, pieces = {"zh": zh, "en": 1 - zh, "": 1}, {id(s): _pieces(s) for s in streams}
     langs = {s.lang for s in streams}
     while True:
-        some = [i for i, s in enumerate(streams) if s.rows or not s.rounds]        # all but those known to be empty
-        if {streams[i].lang for i in some} != langs: return
-        if (any if stop == "first" else all)(streams[i].rounds for i in some): return
-        owed = {l: sum(s.got for s in streams if s.lang == l) / share[l] for l in sorted(langs)}
-        lang = min(owed, key=owed.get)
-        mine = [i for i in some if streams[i].lang == lang]
-        best = min(mine, key=lambda i: streams[i].got / (streams[i].weight or 1))
-        if (t := next(pieces[best])).num_rows: yield t
+        some = _counted(streams)
+        if {s.lang for s in some} != langs or (any if stop == "first" else all)(s.rounds for s in some): return
+        for s in some:
+            ahead = (s.part < _RARE) * (1 / s.part - 1) * share[s.lang] / (1 - share[s.lang] or math.inf)
+            if s.lang and max(s.rounds, ahead) > 100: raise NanochatError(
+                f"{s.name} holds {s.rows // s.rounds:,} {s.lang} documents of {s.got // s.rounds:,} characters, which "
+                f"zh={zh} would read over 100 times; add {s.lang} text, or leave zh out and give the sources weights")
+        lang = min(sorted(langs), key=lambda l: sum(s.got for s in streams if s.lang == l) / share[l])
+        best = min((s for s in some if s.lang == lang), key=lambda s: s.got / (s.weight or 1))
+        if (t := next(pieces[id(best)])).num_rows: yield t
 
 # %% ../nbs/00d_repackage.ipynb #87e0a3af
 @dataclass
@@ -189,7 +199,6 @@ def _size_of(path: Path) -> int:
     if path.suffix != ".parquet": return path.stat().st_size
     with data._parquet(path, TEXT_COLUMNS) as f:
         return sum(f.metadata.row_group(g).total_byte_size for g in range(f.num_row_groups))
-
 
 # %% ../nbs/00d_repackage.ipynb #8750b551
 def shard_folder(out: str | Path, files: Iterable[Path]) -> Path:
@@ -263,10 +272,10 @@ def _enough(cfg: RepackageSettings, streams: list[Stream], shards: list[dict]) -
         if (mine := [s for s in streams if s.lang == lang]) and all(s.rounds and not s.rows for s in mine):   # all read
             raise NanochatError(f"zh={cfg.zh}, but {cfg.source} holds no {lang} text; add a source, or leave zh out")
     if len({s["split"] for s in shards}) < 2:
+        end = [f"stop=first ended after {s.rows:,} {s.lang} documents of {s.name}; take stop=last, or add text"
+               for s in _counted(streams) if s.rounds and cfg.stop == "first"] + ["raise it, or add text"]
         raise NanochatError(f"of {sum(s.rows for s in streams)} documents in {cfg.source} all fell to one split "
-                            f"at val_fraction={cfg.val_fraction}; expected both to have some: raise it, or add text")
-
-
+                            f"at val_fraction={cfg.val_fraction}; expected both to have some: {end[0]}")
 
 # %% ../nbs/00d_repackage.ipynb #03febfc4
 def upload(

@@ -27,12 +27,13 @@ from .sampling import forced_by
 from .evals import STAGES, checkpoints, find_checkpoint, is_right, load_model, world_of
 from .pretrain import (Trainer, TrainSettings, artefacts, check_numbers, evaluator, last_values,
                                   launch_training)
-from .sft import chat_sampler, take
+from .sft import chat_sampler, take, with_source
 
 # %% ../nbs/07_rl.ipynb #8899d46e
 @dataclass
 class RLSettings(TrainSettings):
-    "Settings of reinforcement learning; a zero value is filled in from the model that training starts from."
+    "Settings of reinforcement learning; a zero or empty value is filled in from the model that training starts from."
+    source: str = ""             # text that bits per byte are measured on; empty: as in the stage it starts from
     batch_tokens: int = 0        # of no effect here: a batch is per_step times group answers
     device_batch: int = 0        # most rows one rank learns from at once; 0: as in the stage it starts from
     num_iterations: int = 60     # steps
@@ -100,7 +101,7 @@ def gather(cfg: RLSettings) -> tuple[list, list]: # to learn from; held out
     "The questions of a run."
     parts, at = parse_mix(cfg.questions, "questions"), dict(base_dir=cfg.base_dir, endpoint=cfg.endpoint)
     sets, held, files = [], [], []
-    keys = exam_keys([p[0] for p in parts if p[0] in SETS], **at)
+    keys = exam_keys([p[0] for p in parts if p[0] in SETS or Path(p[0]).expanduser().is_file()], **at)
     for name, how, n in parts:
         world, _, kind = name.partition(":")
         if world == "world":
@@ -278,7 +279,7 @@ def start_from(cfg: RLSettings) -> Path:
 def train(cfg: RLSettings) -> dict: # the last values of everything measured
     "Learn from marked answers on this process, which is one rank of a run."
     begun, start, rt = time.time(), start_from(cfg), init_runtime(cfg.device, cfg.dtype, cfg.seed)
-    model, meta = load_model(start, device=rt.device)
+    (model, meta), cfg = load_model(start, device=rt.device), with_source(cfg, start)
     cfg = replace(cfg, tag=cfg.tag or f"d{cfg.depth}", lr_scale=cfg.lr_scale or meta["settings"]["lr_scale"] / 5,
                   **{k: getattr(cfg, k) or meta["settings"][k] for k in ("device_batch", "eval_tokens")})
     text, tok = artefacts(rt, cfg.source, cfg.base_dir)
@@ -296,14 +297,14 @@ def train(cfg: RLSettings) -> dict: # the last values of everything measured
     out = t.fit()
     told = dict(settings=asdict(cfg), seconds=time.time() - begun, ranks=rt.world_size, hardware=hardware(),
                 start=str(start))
-    if rt.is_main: write_json(base / "report" / "rl.json", told)
+    for p in [base / "report" / "rl.json", t.folder / "record.json"] * rt.is_main: write_json(p, told)
     close_runtime()
     return out
 
 # %% ../nbs/07_rl.ipynb #837425fd
 def main(cfg: RLSettings):
     "Train; with several ranks asked for and no torchrun around, start it. The last line printed is one JSON object."
-    start_from(cfg)
+    cfg = with_source(cfg, start_from(cfg))
     alone = "RANK" not in os.environ and cfg.n_gpu * cfg.nnodes > 1
     out = last_values(launch_training(cfg, "nanochat_nb.rl", "rl")) if alone else train(cfg)
     print0(json.dumps(out, ensure_ascii=False))

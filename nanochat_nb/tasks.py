@@ -135,8 +135,7 @@ MADE = ("spelling", "identity")   # generated, nothing to fetch
 # %% ../nbs/03a_tasks.ipynb #01f9c7b0
 def find_task(name: str, part: str = "train") -> Task: # part: train or exam
     "A row of the table, or an error that says what there is."
-    t = TASKS.get(name)
-    if t and getattr(t, part): return t
+    if (t := TASKS.get(name)) and getattr(t, part): return t
     there = [k for k, t in TASKS.items() if getattr(t, part)] + ["spelling"] + ["identity"] * (part == "train")
     raise NanochatError(f"{name!r} is no {'exam' if part == 'exam' else 'set to train on'}; expected "
                         f"{', '.join(there)}{did_you_mean(name, there)}")
@@ -171,8 +170,7 @@ def bring(
     t, folder = find_task(name, part), base_folder(base_dir) / "task_data" / name
     paths = {folder / Path(p).name: p for p, _ in getattr(t, part)}
     with _locked(folder):
-        m = read_json(note) if (note := folder / "manifest.json").exists() else {}
-        files = m.get("files", {})
+        files = read_json(note).get("files", {}) if (note := folder / "manifest.json").exists() else {}
         def whole(p): return p.exists() and files.get(p.name, {}).get("size", p.stat().st_size) == p.stat().st_size
         def enter(p, info):
             files[p.name] = info
@@ -356,13 +354,21 @@ def conversations(
     def answered(x): return {"role": "assistant", "content": x.get("solution") or x["answer"]}
     return [{"messages": x["messages"] + ([answered(x)] if "answer" in x else [])} for x in keep]
 
+# %% ../nbs/03a_tasks.ipynb #e5a10b32
 def exam_keys(
-    names: Iterable[str],  # sets to train on
+    names: list[str],      # sets and own files to train on
     base_dir: str = "", endpoint: str = "",    # as in `bring`
 ) -> set[str]:
-    "The questions of every exam in the languages of these sets, in the form of `question_keys`."
-    found = (load(g, "exam", 0, 0, base_dir, endpoint) for g in guards(names))
-    return {k for items in found for x in items for k in question_keys(x, exam=True)}
+    "Keys (`question_keys`) of every exam in the languages of the sets; for own files, of every exam that is here."
+    own = [n for n in names if n not in TASKS and Path(n).expanduser().is_file() and not n.endswith((".yaml", ".yml"))]
+    def met(n, g): return g in guards([n]) or n in own and not files_needed([(g, "exam")], base_folder(base_dir))
+    exams, keys = {g: w for g, t in TASKS.items() if t.exam and (w := ", ".join(n for n in names if met(n, g)))}, set()
+    if own and not exams and os.environ.get("RANK", "0") == "0":
+        print("own files are compared with no exam; nanochat_nb.tasks.bring('ceval', 'exam', base_dir) would fetch one")
+    for g, w in exams.items():
+        try: keys |= {k for x in load(g, "exam", 0, 0, base_dir, endpoint) for k in question_keys(x, exam=True)}
+        except NanochatError as e: raise NanochatError(f"{e} (exam {g}, with which {w} is compared)") from None
+    return keys
 
 # %% ../nbs/03a_tasks.ipynb #29a75605
 MIXTURES = {  # values for SFTSettings.conversations

@@ -1,6 +1,7 @@
 "Cleaning: properties that must hold for any text, planted near-duplicates, order, the command."
 import json, random, re, subprocess, sys, time
 from collections import Counter
+from pathlib import Path
 import numpy as np, pytest
 from hypothesis import given, settings as hyp, strategies as st
 from nanochat_nb import clean as C, data, pipeline
@@ -214,3 +215,24 @@ def test_text_may_stand_under_content_and_must_be_utf8(tmp_path):
     assert C.clean(tmp_path/"a.parquet", C.CleanSettings(source="x"), tmp_path/"out")["kept"] == 20
     pq.write_table(pa.table({"text": pa.array([b"\xff\xfe" * 50], pa.binary()).view(pa.string())}), tmp_path/"b.parquet")
     with pytest.raises(NanochatError, match="b.parquet is damaged.*UTF8"): C.clean(tmp_path/"b.parquet", C.CleanSettings(), tmp_path/"o")
+
+def test_folders_of_one_name_are_cleaned_into_two(tmp_path, monkeypatch, capsys):
+    originals, _ = planted(60)
+    for year, some in (("2023", originals[:25]), ("2024", originals[25:])):
+        (tmp_path/year/"zh").mkdir(parents=True)
+        (tmp_path/year/"zh/a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in some))
+    made = []
+    def go(main, cls, source):
+        monkeypatch.chdir(tmp_path/"2023")
+        main(cls(source=source, base_dir=str(tmp_path/"base")))
+        made.append(json.loads(capsys.readouterr().out.splitlines()[-1])["folder"])
+    both = [(C.main, C.CleanSettings), (pipeline.main, pipeline.PipelineSettings)]
+    for main, cls in both:
+        for source in (tmp_path/"2023/zh", "zh", "zh/", tmp_path/"2024/zh"): go(main, cls, str(source))
+    assert len(set(made)) == 2 and made[0] == made[1] == made[2] != made[3] and made[:4] == made[4:]      # its own is replaced
+    assert all(Path(m).name.startswith("zh-") and m.endswith("-clean") and Path(m).parent == tmp_path/"base/base_data" for m in made)
+    assert [sum(s["rows"] for s in data.read_manifest(m)["shards"]) for m in made[2:4]] == [25, len(originals) - 25]
+    data.write_shards([{"text": t} for t in originals], tmp_path/"2023/shards", source="x")               # shards have no name of their own
+    data.write_shards([{"text": t} for t in originals], tmp_path/"2024/shards", source="x")
+    assert len({C.out_folder(C.CleanSettings(source=str(tmp_path/y/"shards"))) for y in ("2023", "2024")}) == 2
+    assert C.out_folder(C.CleanSettings(base_dir=str(tmp_path))) == tmp_path/"base_data/world-clean"

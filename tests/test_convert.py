@@ -75,7 +75,7 @@ def test_weights_are_kept_to_within_one_row(seed):
     ({"conversations": [{"from": "gpt", "value": "x"}]}, "at least one user"),
     *(({"instruction": "a", "output": "b", "history": h}, r"history: expected [[question, answer], …]") for h in
       ([{"role": "user", "content": "hi"}], ["你好", "您好"], "你好", [["q"]], [["q", "a", "b"]])),
-    ('{"instruction": "a", "output": "b\\ud800"}', "message 2: holds half a surrogate pair"),
+    ('{"instruction": "a", "output": "b\\ud800"}', "message 2: content must be a string (no half surrogate pair)"),
 ])
 def test_every_bad_row_is_named_by_its_line(tmp_path, row, says):
     path = lines(tmp_path / "a.jsonl", [BELLE[0], row, BELLE[1], row])
@@ -92,3 +92,20 @@ def test_one_file_in_every_form_becomes_the_same(tmp_path):
     assert same[0] == same[1] == same[2]
     (tmp_path / "list.json").write_text(json.dumps(forms("a", "b")), encoding="utf-8")
     assert convert(tmp_path / "list.json") == convert(lines(tmp_path / "l.jsonl", forms("a", "b")))
+
+
+def test_a_file_of_the_same_name_from_elsewhere_replaces_nothing(tmp_path, monkeypatch):
+    (tmp_path / "belle").mkdir(); (tmp_path / "alp").mkdir()
+    base, one, two = str(tmp_path / "base"), *(lines(tmp_path / d / "train.jsonl", BELLE[:n]) for d, n in (("belle", 40), ("alp", 60)))
+    kept = Path(make(ConvertSettings(source=one, base_dir=base))["folder"], "train.jsonl")
+    code, out, err = command("--source", two, "--base_dir", base)
+    assert code == 2 and not out and f"was made of {one}, not of {two}; give --out" in err and len(kept.read_text(encoding="utf-8").splitlines()) == 36
+    monkeypatch.chdir(tmp_path / "belle")
+    assert make(ConvertSettings(source="train.jsonl", base_dir=base, val_fraction=0.5))["train"] == 20 == len(kept.read_text(encoding="utf-8").splitlines())
+    monkeypatch.chdir(tmp_path / "alp")
+    with pytest.raises(NanochatError, match="belle/train.jsonl"): make(ConvertSettings(source="train.jsonl", base_dir=base))
+    assert make(ConvertSettings(source=two, base_dir=base, out=str(tmp_path / "mine")))["train"] == 54
+    assert make(ConvertSettings(source=two, base_dir=base, out=str(kept.parent)))["train"] == 54              # asked for by name
+    assert make(ConvertSettings(source=two, base_dir=base))["train"] == 54
+    (kept.parent / "source.json").unlink()
+    with pytest.raises(NanochatError, match="made of an unknown file"): make(ConvertSettings(source=two, base_dir=base))

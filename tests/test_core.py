@@ -223,6 +223,7 @@ def test_compare_on_the_command_line(base, tmp_path):
     done = subprocess.run([*map(str, cmd)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "| `lr_scale` | 1.0 | 0.5 |" in done.stdout and "seed" not in done.stdout and "| cost |  | $72.00 |" in done.stdout
+    assert "| seconds | 8 (steps alone) | 9 |" in done.stdout
     assert "| on |  | 8 × H100 |" in done.stdout and "| tokens | 900 | 900 |" in done.stdout          # of d2 there is no record
     cores = [r["core"] for r in read_json(base/"report/core.json")["runs"].values()]
     assert all(f"{c:.3f}" in next(l for l in done.stdout.splitlines() if l.startswith("| CORE")) for c in cores)

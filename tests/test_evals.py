@@ -1,5 +1,5 @@
 "Evaluation: ranks, random models, the whole line of stages, the command, bad input."
-import dataclasses, json, os, random, subprocess, sys, textwrap, warnings
+import dataclasses, json, os, random, re, shutil, subprocess, sys, textwrap, warnings
 from pathlib import Path
 import pytest, torch
 from nanochat_nb import pretrain, sft
@@ -220,11 +220,17 @@ def test_times_belong_to_the_run_in_question(run, report):
 
 def test_a_later_run_takes_no_record_from_an_earlier_one(run, report):
     "Ranks and hardware of d1 are known from its own card after d9 was trained; of other training than that they are not."
-    last, own = run/"report/pretrain.json", run/"base_checkpoints/d1/report.json"
+    last, own, record = run/"report/pretrain.json", run/"base_checkpoints/d1/report.json", run/"base_checkpoints/d1/record.json"
     wall, card = read_json(last), read_json(own)
+    assert read_json(record) == wall
     again = lambda: build_report(run, "d1", report["exams"], dict(seconds=1.0))
     assert card == report
     try:
+        own.unlink(); write_json(last, wall | dict(settings=wall["settings"] | dict(tag="d9")))
+        r = again()                                                # d1 was never examined: its record is in its folder
+        assert r["stages"]["pretrain"]["ranks"] == 1 and r["seconds"]["pretrain"] == round(wall["seconds"], 2)
+        assert "steps alone" not in report_markdown(r)
+        write_json(own, card); record.unlink()
         write_json(last, wall | dict(ranks=8, seconds=1e6, hardware="H100", settings=wall["settings"] | dict(tag="d9")))
         r = again()
         assert (r["stages"]["pretrain"]["ranks"], r["seconds"]["pretrain"]) == (1, report["seconds"]["pretrain"])
@@ -233,8 +239,26 @@ def test_a_later_run_takes_no_record_from_an_earlier_one(run, report):
         r = again()
         assert "ranks" not in r["stages"]["pretrain"]
         line = next(l for l in report_markdown(r | dict(price=3600)).splitlines() if l.startswith("| pretrain"))
-        assert "$" not in line and "H100" not in line
-    finally: write_json(last, wall); write_json(own, report)
+        assert "$" not in line and "H100" not in line and " (steps alone) |" in line
+        write_json(record, wall | dict(loss=wall["loss"] + 1)); write_json(last, wall | dict(loss=wall["loss"] + 1))
+        assert "ranks" not in again()["stages"]["pretrain"]        # of the tag, but of other steps than those on record
+    finally: write_json(last, wall); write_json(record, wall); write_json(own, report)
+
+def test_a_card_of_public_exams_alone(run, report, tmp_path):
+    "Nothing of the mini world on it, no heads without rows, no picture without bars; and what was said to the public exams."
+    base = shutil.copytree(run, tmp_path/"base")
+    r = evaluate(EvalSettings(base_dir=str(base), n_questions=0, tasks="spelling", task_questions=4, device="cpu", dtype="float32"))
+    page = (base/"report/report.md").read_text(encoding="utf-8")
+    assert "exams.png" not in page and not (base/"report/exams.png").exists() and "stages.png" in page and "World(" not in page
+    tables = [re.findall(r"^\|.*\n", t, re.M) for t in re.findall(r"(?:^\|.*\n)+", page, re.M)]
+    assert [t[0].split("|")[1].strip() for t in tables] == ["task", "stage", "exam"] and all(len(t) > 2 for t in tables)
+    assert tables[2][2].startswith("| spelling | ") and r["tasks"]["sft"]["spelling"]["samples"][0]["question"][:9] in tables[2][2]
+    row = dict(r["tasks"]["sft"]["spelling"])
+    choice = dict(row, letter=dict(row))
+    del choice["samples"]
+    both = report_markdown(report | dict(tasks=dict(base={"ceval": choice}, sft={"ceval": choice}), chatcore={}))
+    assert both.count("\n| ceval, letter | ") == 1 and "World(10 people" in both and "| en translation | " in both
+    assert "| exam |" not in report_markdown(r | dict(tasks={}))   # none at all
 
 def test_a_picture_of_one_stage_is_whole():
     with warnings.catch_warnings():

@@ -136,6 +136,23 @@ def test_two_ranks_and_resume_on_one(base, whole):
         one, two = ([r[name] for r in read_metrics(folder(b)/"metrics.jsonl") if name in r] for b in (whole[1], base))
         assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-3
 
+def test_two_tags_side_by_side_have_times_and_costs(base):
+    "Each run keeps its own record of ranks and time; without it, or with steps taken after it, the seconds are said to be of steps alone."
+    from nanochat_nb.core import CompareSettings, compare
+    for tag, n_gpu in (("two", 2), ("one", 1)):
+        status, _, err = run(base, "--compile=false", tag=tag, n_gpu=n_gpu, num_iterations=3)
+        assert status == 0, err
+    cfg = CompareSettings(runs=f"{folder(base, 'two')},{folder(base, 'one')}", price=3600., out=str(base))
+    def lines(): return {k.strip(): [c.strip() for c in cells] for _, k, *cells, _ in (l.split("|") for l in compare(cfg).splitlines() if l.startswith("| "))}
+    records = [json.loads((folder(base, t)/"record.json").read_text()) for t in ("two", "one")]
+    page = lines()
+    assert [c.split(" × ")[0] for c in page["on"]] == ["2", "1"] and page["seconds"] == [f"{r['seconds']:,.0f}" for r in records]
+    assert page["cost"] == [f"${r['seconds'] * r['ranks']:,.2f}" for r in records]
+    (folder(base, "two")/"record.json").unlink()
+    with open(folder(base, "one")/"metrics.jsonl", "a") as f: f.write(json.dumps(read_metrics(f.name)[-2] | dict(step=3, loss=9.)) + "\n")
+    page = lines()
+    assert page["on"] == page["cost"] == ["", ""] and all(c.endswith(" (steps alone)") for c in page["seconds"])
+
 def test_ctrl_c_at_the_launcher(base):
     "The ranks die, the last checkpoint is whole, and the run goes on from it."
     long = dict(num_iterations=60, n_gpu=2, save_every=5, eval_every=30)

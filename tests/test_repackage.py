@@ -232,3 +232,61 @@ def test_real_text(tmp_path):
     got, want = texts_of(folder), pq.read_table(CORPUS / "clean.parquet")["text"].to_pylist()
     assert Counter(got["train"] + got["val"]) == Counter(t for t in want if t.strip()) and verify(folder) == []
     assert len(shard_paths(folder, "train")) >= 3 and not set(got["train"]) & set(got["val"])
+
+
+# ---- a language that is there by chance
+
+ZH = [f"第{i}篇中文，说一说今天的天气和晚饭。" for i in range(2000)]
+EN = [f"English document number {i}, about the weather and what there is for dinner." for i in range(600)]
+STRAY = "这一篇是混进来的。"
+
+
+@pytest.mark.parametrize("stop", ["last", "first"])
+@pytest.mark.parametrize("weights", [("", ""), (":0.5", ":0.5"), (":0.2", ":0.8")])
+def test_a_stray_document_neither_cycles_nor_ends_the_mix(tmp_path, weights, stop):
+    write(tmp_path / "my_zh.parquet", ZH); write(tmp_path / "my_en.parquet", EN[:300] + [STRAY] + EN[300:])
+    cfg = settings(tmp_path, f"{tmp_path}/my_zh.parquet{weights[0]},{tmp_path}/my_en.parquet{weights[1]}", zh=0.8, stop=stop)
+    folder = repackage(cfg)
+    r = read(folder)
+    got = [sum(x["got"] for (_, l), x in r.items() if l == lang) for lang in ("zh", "en")]
+    assert abs(got[0] / sum(got) - 0.8) < 0.02 and r["my_en.parquet", "zh"]["rows"] == r["my_en.parquet", "zh"]["rounds"] == 1
+    times = Counter(t for ts in texts_of(folder).values() for t in ts)
+    assert times[STRAY] == 1 and max(times.values()) <= (1 if stop == "first" else 6)       # 8 parts of 36,000 characters, 2 of 45,000
+    if stop == "last": assert set(times) == {*ZH, *EN, STRAY}
+    else: assert r["my_zh.parquet", "zh"]["rounds"] + r["my_en.parquet", "en"]["rounds"] == 1 and sum(times.values()) > 1000
+    assert read_manifest(repackage(dataclasses.replace(cfg, out=str(tmp_path / "again"))))["shards"] == read_manifest(folder)["shards"]
+
+
+def test_a_rare_language_counts_where_no_source_has_more(tmp_path):
+    write(tmp_path / "web.parquet", EN + ZH[:5])
+    r = read(repackage(settings(tmp_path, tmp_path / "web.parquet", zh=0.02)))
+    assert 1 < r["web.parquet", "zh"]["rounds"] < 20 and r["web.parquet", "en"]["rounds"] == 1
+    write(tmp_path / "more.parquet", EN + ZH[5:9])
+    r = read(repackage(settings(tmp_path, f"{tmp_path}/web.parquet,{tmp_path}/more.parquet", zh=0.02)))
+    assert all(1 < r[n, "zh"]["rounds"] < 20 for n in ("web.parquet", "more.parquet"))
+
+
+def test_a_small_source_of_large_weight_cycles(tmp_path):
+    write(tmp_path / "small.parquet", ZH[:100]); write(tmp_path / "big.parquet", ZH[100:2000]); write(tmp_path / "en.parquet", EN)
+    r = read(repackage(settings(tmp_path, f"{tmp_path}/small.parquet:0.5,{tmp_path}/big.parquet:0.5,{tmp_path}/en.parquet:0.1", zh=0.6)))
+    assert 19 <= r["small.parquet", "zh"]["rounds"] <= 23 and abs(r["small.parquet", "zh"]["got"] / r["big.parquet", "zh"]["got"] - 1) < 0.03
+
+
+def test_what_would_be_read_over_a_hundred_times_is_an_error_at_once(tmp_path, monkeypatch):
+    write(tmp_path / "web.parquet", EN + [STRAY] * 2)
+    from nanochat_nb import repackage as R
+    reads, real = [], R.text_tables
+    monkeypatch.setattr(R, "text_tables", lambda p: reads.append(p.name) or real(p))
+    says("web.parquet holds 2 zh documents of 18 characters, which zh=0.8 would read over 100 times; add zh text, or leave zh out", repackage,
+         settings(tmp_path, tmp_path / "web.parquet", zh=0.8))
+    assert len(reads) <= 3 and [p.name for p in tmp_path.iterdir() if p.name != ".out.lock"] == ["web.parquet"]     # after one round
+    write(tmp_path / "few.parquet", EN[:10] + [STRAY]); write(tmp_path / "zh.parquet", ZH)                         # a tenth: not by chance
+    says("few.parquet holds 1 zh documents of 9 characters", repackage, settings(tmp_path, f"{tmp_path}/few.parquet,{tmp_path}/zh.parquet", zh=0.8))
+    write(tmp_path / "one.parquet", ZH[:10])                                                                       # without zh: as the weights say
+    assert read(repackage(settings(tmp_path, f"{tmp_path}/one.parquet:0.5,{tmp_path}/zh.parquet:0.5")))["one.parquet", ""]["rounds"] > 100
+
+
+def test_the_source_that_ended_the_mix_is_named(tmp_path):
+    write(tmp_path / "few.parquet", EN[:10] + [STRAY]); write(tmp_path / "zh.parquet", ZH)
+    says("stop=first ended after 1 zh documents of ", repackage, settings(tmp_path, f"{tmp_path}/zh.parquet,{tmp_path}/few.parquet", zh=0.8, stop="first", val_fraction=0.001))
+    says("few.parquet; take stop=last, or add text", repackage, settings(tmp_path, f"{tmp_path}/zh.parquet,{tmp_path}/few.parquet", zh=0.8, stop="first", val_fraction=0.001))

@@ -1,5 +1,5 @@
 "Reinforcement learning: kills, ranks, the parameters cell and bad input; what is learned from is tested in the chapter."
-import ast, dataclasses, json, os, signal, subprocess, sys, time
+import ast, dataclasses, json, os, shutil, signal, subprocess, sys, time
 from dataclasses import replace
 from pathlib import Path
 import pytest, torch
@@ -63,6 +63,12 @@ def test_two_ranks_learn_as_one_does(base):
     one = steps(base)
     assert [x[1:] for x in two] == [pytest.approx(x[1:]) for x in one] and len(one) == 6 and 0 < one[0][1] < 1
     assert [x[0] for x in two] == pytest.approx([x[0] for x in one], abs=1e-4)
+
+def test_every_run_keeps_its_record(base):
+    shutil.copytree(base / "sft_checkpoints/d1", base / "sft_checkpoints/other")
+    for tag in ("", "other"): rl.train(settings(base, init="sft", tag=tag, num_iterations=1))
+    told = [json.loads((base / f"rl_checkpoints/{tag}/record.json").read_text()) for tag in ("d1", "other")]
+    assert [x["settings"]["tag"] for x in told] == ["d1", "other"] and told[1] == json.loads((base / "report/rl.json").read_text())
 
 def test_questions_of_another_run_are_not_gone_on_with():
     "With another number a step the places would shift: some questions asked twice, others never."

@@ -1,10 +1,10 @@
 "Midtraining and fine-tuning: what is learned after packing, kills, ranks, the parameters cell and bad input."
-import ast, dataclasses, json, os, signal, subprocess, sys, time
+import ast, dataclasses, json, os, shutil, signal, subprocess, sys, time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 import pytest, torch
-from nanochat_nb import pretrain, sft
+from nanochat_nb import pretrain, rl, sft
 from nanochat_nb.loader import ChatLoader
 from nanochat_nb.runtime import Runtime, read_metrics
 from nanochat_nb.settings import NanochatError, field_comments
@@ -126,6 +126,42 @@ def test_mid_is_where_sft_starts(base):
     sft.train(settings(base, num_iterations=2))
     assert rate("sft_checkpoints") == rate("mid_checkpoints") == rate("base_checkpoints") / 2
 
+def test_documents_are_those_of_pretraining(base, tmp_path, monkeypatch):
+    at, texts = dict(base_dir=str(tmp_path / "b")), tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.jsonl").write_text("".join(json.dumps({"text": f"Number {i} is followed by number {i + 1}, as ever. " * 9}) + "\n" for i in range(200)))
+    pretrain.train(pretrain.PretrainSettings(depth=1, source=str(texts), vocab_size=300, seq_len=64, batch_tokens=512, num_iterations=2, eval_tokens=512,
+                                             device="cpu", dtype="float32", compile=False, **at))
+    (tmp_path / "c.jsonl").write_text((HELLO + "\n") * 30)
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(dict(messages=[{"role": "user", "content": f"{i}?"}], answer="7")) + "\n" for i in range(20)))
+    data, = (p.parent for p in (tmp_path / "b/base_data").glob("*/manifest.json"))
+    made, cfg = (data / "manifest.json").stat().st_mtime_ns, settings(tmp_path / "b", conversations=str(tmp_path / "c.jsonl"), num_iterations=2)
+    (texts / "a.jsonl").rename(tmp_path / "a.jsonl"); texts.rmdir()              # gone, but prepared
+    read, loader = [], sft.TextLoader
+    monkeypatch.setattr(sft, "TextLoader", lambda data, *a, **k: read.append(data) or loader(data, *a, **k))
+    sft.train(replace(cfg, stage="mid"))
+    out = subprocess.run([sys.executable, "-m", "nanochat_nb.sft", "--n_gpu=2", *(f"--{f.name}={v}" for f in dataclasses.fields(cfg)
+                          if (v := getattr(cfg, f.name)) != f.default)], cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr[-2000:]
+    rl.train(rl.RLSettings(depth=1, questions=str(tmp_path / "q.jsonl"), num_iterations=1, per_step=2, group=2, max_tokens=2, device="cpu", dtype="float32", **at))
+    told = [json.loads((tmp_path / f"b/report/{s}.json").read_text())["settings"]["source"] for s in ("mid", "sft", "rl")]
+    assert read == [data] and told == [str(texts)] * 3
+    assert not (tmp_path / "b/base_data/world").exists() and not (tmp_path / "b/report/data.json").read_text().count('"world"') and (data / "manifest.json").stat().st_mtime_ns == made
+    sft.train(replace(cfg, source=str(tmp_path / "a.jsonl")))                   # an explicit one wins
+    assert len(read) == 2 and json.loads((read[1] / "manifest.json").read_text())["source"] == str(tmp_path / "a.jsonl")
+    (data / "manifest.json").unlink()
+    for main in (sft.train, sft.main):
+        with pytest.raises(NanochatError, match=f"source is empty, so as in .*/mid_checkpoints/d1: source '{texts}' is no known source"): main(replace(cfg, init="mid"))
+    meta = tmp_path / "b/mid_checkpoints/d1/step_000002/meta.json"                # an imported model has no such entry
+    kept = json.loads(meta.read_text()); del kept["settings"]["source"]; meta.write_text(json.dumps(kept))
+    assert sft.with_source(cfg, meta.parents[1]).source == "world"
+
+def test_every_run_keeps_its_record(base):
+    shutil.copytree(base / "base_checkpoints/d1", base / "base_checkpoints/other")
+    for tag in ("", "other"): sft.train(settings(base, init="base", tag=tag, num_iterations=1))
+    told = [json.loads((base / f"sft_checkpoints/{tag}/record.json").read_text()) for tag in ("d1", "other")]
+    assert [x["settings"]["tag"] for x in told] == ["d1", "other"] and told[1] == json.loads((base / "report/sft.json").read_text())
+
 
 HELLO = json.dumps({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]})
 
@@ -162,7 +198,6 @@ def test_a_command_ends_with_one_line(tmp_path):
     assert not list(tmp_path.iterdir())                                          # nothing was made on the way
 
 def test_a_checkpoint_of_another_tokenizer_is_refused(base, tmp_path):
-    import shutil
     shutil.copytree(base, tmp_path / "b")
     text = (base / "tokenizer/tokenizer.json").read_text(encoding="utf-8")
     other = train_tokenizer(["another text altogether, 别的文字。" * 40, text[:20_000]], 400)

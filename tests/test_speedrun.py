@@ -198,7 +198,8 @@ def test_killed_in_the_middle_and_resumed_and_changed(tmp_path):
     assert code == 0, stderr
     assert "data: done before" in stderr and "tokenizer: done before" in stderr and "pretrain: was interrupted, resumes" in stderr
     steps = [r["step"] for r in read_metrics(metrics) if "loss" in r]
-    assert steps == list(range(200)) and yaml.safe_load((out/"pretrain.yaml").read_text())["resume"] is True
+    assert steps == list(range(200)) and (told := yaml.safe_load((out/"pretrain.yaml").read_text()))["resume"] is True
+    assert told["base_dir"] == str(out/"base")                       # complete: python -m nanochat_nb.pretrain -f …/pretrain.yaml goes on there
 
 def test_a_changed_parameter_runs_again_from_that_step_on(tmp_path):
     a = parameters(ROOT/"configs/speedrun.yaml", {}, tmp_path)

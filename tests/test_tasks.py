@@ -211,6 +211,28 @@ def test_from_names_to_a_fine_tuned_model_and_its_report(base, hub, tmp_path):
     says("'arc-esy' is no exam", evals.evaluate, evals.EvalSettings(base_dir=str(base), device="cpu", tasks="arc-esy"))
 
 
+def test_own_files_are_compared_with_every_exam_that_is_here(hub, tmp_path, capsys, monkeypatch):
+    asked = ["Hi", gsm(7)["question"], gsm_zh(8)["question_zh"]]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(talk(q)) + "\n" for q in asked))
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(dict(messages=talk(q)["messages"][:1], answer="24")) + "\n" for q in asked))
+    cfg = settings(tmp_path, hub, conversations=f"{tmp_path}/own.jsonl")
+    learn = rl.RLSettings(base_dir=str(tmp_path), endpoint=hub.address, questions=f"{tmp_path}/asked.jsonl")
+    taught = lambda: ({c["messages"][0]["content"] for c in sft.gather(cfg)}, {x["messages"][0]["content"] for xs in rl.gather(learn) for x in xs})
+    assert taught() == ({*asked}, {*asked}) and not hub.asked
+    assert capsys.readouterr().out.count("own files are compared with no exam; nanochat_nb.tasks.bring(") == 2       # once a run
+    for name in ("gsm8k", "gsm8k-zh"): tasks.bring(name, "exam", str(tmp_path), hub.address)
+    hub.shutdown()
+    assert taught() == ({"Hi"}, {"Hi"})
+    said = capsys.readouterr().out
+    assert said.count("2 of 3 rows left out, an exam asks the same") == 2 and "no exam" not in said
+    monkeypatch.setenv("RANK", "1")
+    taught(); assert not tasks.exam_keys([str(tmp_path / "own.jsonl")], str(tmp_path / "empty")) and not capsys.readouterr().out
+
+def test_an_exam_that_cannot_come_says_who_asked_for_it(hub, tmp_path):
+    del hub.files[key("allenai/ai2_arc", tasks.TASKS["arc-challenge"].exam[0][0])]
+    says("HTTP 404 Not Found; check the name, and the endpoint (exam arc-challenge, with which arc-easy, gsm8k is compared)", sft.gather,
+         settings(tmp_path, hub, conversations="world:5,arc-easy,gsm8k-zh,gsm8k"))
+
 def test_a_program_that_forks_and_stays_is_ended(tmp_path):
     mark = tmp_path / "alive"
     code = f"import os, time\nif os.fork() == 0:\n    time.sleep(3); open({str(mark)!r}, 'w').close()\n"
