@@ -433,7 +433,7 @@ def scaling_params(cfg: GPTConfig) -> int:
 def flops_per_token(cfg: GPTConfig) -> int:
     "Training FLOPs a token, forward and backward (Chowdhery et al. 2022, appendix B)."
     n = count_params(cfg)
-    seen = sum(cfg.layer_chunk(i) or cfg.seq_len for i in range(cfg.n_layer))  # keys a query, all layers
+    seen = sum(min(cfg.layer_chunk(i) or cfg.seq_len, cfg.seq_len) for i in range(cfg.n_layer))  # keys a query
     return 6 * sum(n.get(k, 0) for k in ("attention", "mlp", "head", "gates")) + 12 * cfg.n_embd * seen
 
 # %% ../nbs/02_model.ipynb #aefca126

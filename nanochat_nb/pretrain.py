@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'LARGE', 'RATES', 'RunSettings', 'TrainSettings', 'PretrainSettings', 'check_numbers', 'fill', 'Trainer',
-           'evaluator', 'sampler', 'launch_id', 'open_tokenizer', 'in_turn', 'artefacts', 'train', 'metrics_path',
-           'launch_training', 'last_values', 'main']
+           'evaluator', 'sampler', 'launch_id', 'only_run', 'open_tokenizer', 'in_turn', 'artefacts', 'train',
+           'metrics_path', 'launch_training', 'in_sight', 'last_values', 'main']
 
 # %% ../nbs/03_pretrain.ipynb #138cf68e
-import collections, contextlib, json, math, os, shutil, statistics, time
+import collections, contextlib, fcntl, json, math, os, shutil, statistics, sys, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import torch, torch._functorch.config
@@ -270,7 +270,7 @@ def restore(self: Trainer):
     if here != (main := broadcast_object(here)):
         raise NanochatError(f"{self.folder} has a checkpoint of step {here}, but step {main} where the main rank runs; "
                             "put base_dir on a disk that all machines share, or copy the folder")
-    if here is None: return
+    if here is None: return print0(f"there is no checkpoint in {self.folder} to resume from: begins at step 0")
     step, model, opt, meta = load_checkpoint(self.folder, device="cpu" if self.sharded else self.rt.device)
     check_same_tokenizer(meta, self.tok.hash)
     ours = asdict(self.model.cfg)
@@ -332,10 +332,26 @@ def fast_model(self: Trainer): # what `train_step` runs
     for name in parts: setattr(model, name, torch.compile(getattr(model, name), dynamic=False))
     return model
 
-# %% ../nbs/03_pretrain.ipynb #966be366
+# %% ../nbs/03_pretrain.ipynb #966be365
+@contextlib.contextmanager
+def only_run(folder: Path):
+    "Hold the lock of a run's folder, so that a second run cannot mix with it; a killed one lets go."
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f".{folder.name}.lock"), "w") as f:
+        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise NanochatError(f"another run trains in {folder}; wait for it, or give this one another tag") from None
+        except OSError: pass                                                       # a file system without locks
+        yield
+
 @patch
 def fit(self: Trainer) -> dict: # the last values of everything measured
-    "Train to the end, from the latest checkpoint if `cfg.resume`."
+    "Train to the end, from the latest checkpoint if `cfg.resume`; alone in the folder."
+    with only_run(self.folder) if self.rt.is_main else contextlib.nullcontext(): return self._fit()
+
+# %% ../nbs/03_pretrain.ipynb #966be366
+@patch
+def _fit(self: Trainer) -> dict:
     self.peak = peak_flops(self.rt)                            # draws random numbers, so before `restore`
     self.restore() if self.goes_on() else self.set_aside()
     self.metrics = Metrics(self.folder / "metrics.jsonl", self.start, self.cfg.tracker)
@@ -432,6 +448,23 @@ def launch_training(
     finally: chart.close()
     return path
 
+# %% ../nbs/03_pretrain.ipynb #d55aa429
+@contextlib.contextmanager
+def in_sight(path: Path): # metrics.jsonl
+    "A line of progress on stderr while this process trains; after Ctrl-C, what there is to go on from."
+    mine = "RANK" not in os.environ or os.environ["RANK"] == "0" and sys.stderr.isatty()     # else a launcher shows it
+    Metrics.watch = chart = LiveChart(sys.stderr) if mine else None
+    try:
+        try: yield
+        finally:
+            Metrics.watch = None
+            if mine: chart.close()
+    except KeyboardInterrupt:
+        kept, told = latest_step(path.parent), "no checkpoint was saved; save_every says how often one is"
+        if kept is not None: told = f"step {kept} is saved: --resume goes on from there"
+        if mine: print(f"stopped; {told}", file=sys.stderr)
+        raise
+
 # %% ../nbs/03_pretrain.ipynb #d55aa42a
 def last_values(
     path,     # metrics.jsonl
@@ -445,7 +478,8 @@ def main(cfg: PretrainSettings):
     "Train; with several ranks asked for and no torchrun around, start it. The last line printed is one JSON object."
     fill(cfg)
     alone = "RANK" not in os.environ and cfg.n_gpu * cfg.nnodes > 1
-    print0(json.dumps(last_values(launch_training(cfg)) if alone else train(cfg), ensure_ascii=False))
+    with in_sight(metrics_path(cfg)): out = last_values(launch_training(cfg)) if alone else train(cfg)
+    print0(json.dumps(out, ensure_ascii=False))
 
 # %% ../nbs/03_pretrain.ipynb #8edace8a
 if __name__ == "__main__" and "get_ipython" not in globals(): run_main(main, PretrainSettings)

@@ -25,8 +25,8 @@ from .checkpoint import check_same_tokenizer
 from .engine import Engine
 from .sampling import forced_by
 from .evals import STAGES, checkpoints, find_checkpoint, is_right, load_model, world_of
-from .pretrain import (Trainer, TrainSettings, artefacts, check_numbers, evaluator, last_values,
-                                  launch_training)
+from .pretrain import (Trainer, TrainSettings, artefacts, check_numbers, evaluator, in_sight, last_values,
+                                  launch_training, metrics_path)
 from .sft import chat_sampler, take, with_source
 
 # %% ../nbs/07_rl.ipynb #8899d46e
@@ -306,7 +306,8 @@ def main(cfg: RLSettings):
     "Train; with several ranks asked for and no torchrun around, start it. The last line printed is one JSON object."
     cfg = with_source(cfg, start_from(cfg))
     alone = "RANK" not in os.environ and cfg.n_gpu * cfg.nnodes > 1
-    out = last_values(launch_training(cfg, "nanochat_nb.rl", "rl")) if alone else train(cfg)
+    with in_sight(metrics_path(cfg, "rl")):
+        out = last_values(launch_training(cfg, "nanochat_nb.rl", "rl")) if alone else train(cfg)
     print0(json.dumps(out, ensure_ascii=False))
 
 if __name__ == "__main__" and "get_ipython" not in globals(): run_main(main, RLSettings)

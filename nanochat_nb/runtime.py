@@ -247,13 +247,13 @@ def open_tracker(name: str, folder: Path) -> tuple: # log(numbers, step), close(
 
 # %% ../nbs/02b_runtime.ipynb #7ac3f9b8
 class Metrics:
-    "Appends one JSON object a line; only the main rank writes."
+    "Appends one JSON object a line; only the main rank writes. `watch`, such as a LiveChart, sees the rows too."
+    f = watch = None
     def __init__(self,
         path,                           # metrics.jsonl
         keep_below: int | None = None,  # on resume: drop rows of this step and later; 0 starts afresh
         tracker: str = "",              # one of TRACKERS: rows go there too
     ):
-        self.f = None
         if not is_main(): return
         self.also = open_tracker(tracker, Path(path).parent) if tracker else None
         rows = [r for r in read_metrics(path) if keep_below is None or r.get("step", -1) < keep_below]
@@ -261,15 +261,15 @@ class Metrics:
         self.f = open(path, "a", encoding="utf-8")
     def log(self, **row):
         "Write one row and flush it."
-        if self.f is None: return
+        if not self.f: return
         row = {k: _plain(v) for k, v in row.items()}
         try: print(json.dumps(row), file=self.f, flush=True)
         except OSError as e: raise NanochatError(f"cannot write {self.f.name}: {e}; free disk space and resume") from e
-        numbers = {k: v for k, v in row.items() if type(v) in (int, float) and k != "step"}
-        if self.also: self.also[0](numbers, row["step"])
+        if self.watch: self.watch(row)
+        if not self.also: return
+        self.also[0]({k: v for k, v in row.items() if type(v) in (int, float) and k != "step"}, row["step"])
     def close(self):
-        if self.f: self.f.close()
-        if self.f and self.also: self.also[1]()
+        if self.f: self.f.close(); self.also and self.also[1]()
 
 # %% ../nbs/02b_runtime.ipynb #46644b03
 def torchrun_command(

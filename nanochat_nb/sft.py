@@ -22,8 +22,8 @@ from .runtime import close_runtime, hardware, init_runtime, print0
 from .checkpoint import check_same_tokenizer, latest_step, step_folder
 from .engine import Engine
 from .evals import STAGES, find_checkpoint, load_model, world_of
-from .pretrain import (TrainSettings, Trainer, artefacts, check_numbers, evaluator, last_values,
-                                  launch_training)
+from .pretrain import (TrainSettings, Trainer, artefacts, check_numbers, evaluator, in_sight, last_values,
+                                  launch_training, metrics_path)
 
 # %% ../nbs/04_sft.ipynb #12f3a466
 @dataclass
@@ -167,7 +167,8 @@ def main(cfg: SFTSettings):
     "Train; with several ranks asked for and no torchrun around, start it. The last line printed is one JSON object."
     cfg = with_source(cfg, start_from(cfg))
     alone = "RANK" not in os.environ and cfg.n_gpu * cfg.nnodes > 1
-    out = last_values(launch_training(cfg, "nanochat_nb.sft", cfg.stage)) if alone else train(cfg)
+    with in_sight(metrics_path(cfg, cfg.stage)):
+        out = last_values(launch_training(cfg, "nanochat_nb.sft", cfg.stage)) if alone else train(cfg)
     print0(json.dumps(out, ensure_ascii=False))
 
 if __name__ == "__main__" and "get_ipython" not in globals(): run_main(main, SFTSettings)

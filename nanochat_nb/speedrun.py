@@ -271,7 +271,7 @@ def run_step(step: str, p: dict, out: Path, base: Path, notebooks: bool, live: L
     "Run one step to its end; its failure is an error with the end of its log."
     chapter, cls = STEPS[step]
     file, log, notebook = (out / f"{step}.{x}" for x in ("yaml", "log", "ipynb"))
-    told = yaml.safe_dump(p | {"base_dir": str(base)}, allow_unicode=True, sort_keys=False)  # complete: it can be run alone
+    told = yaml.safe_dump(p | {"base_dir": str(base)}, allow_unicode=True, sort_keys=False)   # it can be run alone
     with atomic_path(file) as f: f.write_text(told, encoding="utf-8")
     by = ["papermill", CHAPTERS / f"{chapter}.ipynb", notebook, "--no-progress-bar"]
     if step in TEXT or not notebooks: by = [cls.__module__]

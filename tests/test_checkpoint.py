@@ -97,6 +97,16 @@ def test_a_changed_page_and_a_lost_pointer_are_told(tmp_path, capsys):
 def test_a_state_that_would_not_come_back_is_refused(tmp_path, state, says):
     with pytest.raises(NanochatError, match=says): save_checkpoint(tmp_path, 1, {"w": torch.ones(1)}, state)
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs the names of open files")
+def test_the_disk_holds_all_before_the_name_and_the_pointer_change(tmp_path, monkeypatch):
+    "A power cut may lose what was not synced: both files and their folder come first, then the rename, its folder, then `latest`."
+    said, real, moved = [], os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: said.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name) or real(fd))
+    monkeypatch.setattr(Path, "rename", lambda self, to: said.append(f"to {Path(to).name}") or moved(self, to))
+    save_checkpoint(tmp_path, 1, {"w": torch.ones(3)})
+    name = lambda x: x if not x.startswith(".") or x.endswith("000001.tmp") else x.split(".")[1]
+    assert [*map(name, said)] == ["model.safetensors", "optimizer.safetensors", "meta", ".step_000001.tmp", "to step_000001", tmp_path.name, "latest"]
+
 def test_full_disk(tmp_path):
     "A file cannot grow beyond the limit: one clear error, nothing left behind, the last checkpoint whole."
     big = {"w": torch.zeros(100_000)}

@@ -96,6 +96,15 @@ def test_planted_near_duplicates_are_found_and_nothing_else():
     assert (label[:len(originals)] == np.arange(len(originals))).all()             # precision: no two originals are joined
     assert all(l == i or l >= len(originals) for i, l in zip(range(n), label[len(originals):]))
 
+def test_of_texts_that_are_alike_the_longest_stays(tmp_path):
+    rng = random.Random(3)
+    texts = [story(rng) for _ in range(30)]
+    longer = [t + " and one line more of it" for t in texts]
+    both = [{"text": t} for pair in zip(texts, longer) for t in pair]
+    for i, docs in enumerate((both, both[::-1])):
+        C.clean(docs, C.CleanSettings(source="x"), tmp_path/str(i))
+        assert sorted(t for s in ("train", "val") for t in data.iter_texts(tmp_path/str(i), s)) == sorted(longer)
+
 def test_the_estimate_is_unbiased():
     rng = random.Random(1)
     a = [story(rng) for _ in range(200)]

@@ -3,7 +3,7 @@ import json, os, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from nanochat_nb import pretrain, sft
-from nanochat_nb.convert import ConvertSettings, convert, make, mix_counts, parse_mix, to_conversation
+from nanochat_nb.convert import ConvertSettings, convert, hold_out, make, mix_counts, parse_mix, to_conversation
 from nanochat_nb.data import DataSettings, prepare, read_conversations
 from nanochat_nb.settings import NanochatError
 from nanochat_nb.tokenizer import TokenizerSettings, prepare_tokenizer
@@ -109,3 +109,13 @@ def test_a_file_of_the_same_name_from_elsewhere_replaces_nothing(tmp_path, monke
     assert make(ConvertSettings(source=two, base_dir=base))["train"] == 54
     (kept.parent / "source.json").unlink()
     with pytest.raises(NanochatError, match="made of an unknown file"): make(ConvertSettings(source=two, base_dir=base))
+
+def test_the_seed_decides_what_is_held_out():
+    rows = [to_conversation(r, "") for r in BELLE]
+    asked = lambda seed: {r["messages"][0]["content"] for r in hold_out(rows, 0.1, seed)[1]}
+    assert asked(1) == asked(1) != asked(2) and len(asked(1)) == len(asked(2)) == 20
+
+def test_a_system_message_of_sharegpt_stays():
+    turns = [("system", "Be brief."), ("gpt", "Welcome."), ("human", "Hi"), ("gpt", "Hello"), ("human", "Bye")]
+    got = to_conversation({"conversations": [{"from": k, "value": v} for k, v in turns]}, "")["messages"]
+    assert [(m["role"], m["content"]) for m in got] == [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello")]

@@ -167,6 +167,17 @@ def test_a_choice_that_is_the_beginning_of_another(tok):
     assert all(nll > 0 for nll, _ in score_batch(Engine(random_model(tok), tok), [q])[0])
 
 
+def test_examples_are_drawn_anew_for_every_question():
+    "As the field does: by 1234 and the question's number."
+    task = dict(form="language_modeling", shots=3, delimiter=" ", items=[dict(context=f"<{i}>", continuation="x") for i in range(40)])
+    for i in range(40):
+        others = [j for j in range(40) if j != i]
+        assert texts(task, i)[0].split(" x\n\n") == [f"<{j}>" for j in random.Random(1234 + i).sample(others, 3)] + [f"<{i}>"]
+
+def test_other_questions_under_the_same_name_are_asked(base):
+    run = lambda n: run_core(CoreSettings(base_dir=str(base), tag="d2", tasks="en_facts", max_per_task=n, device="cpu", dtype="float32"))
+    assert [run(n)["runs"]["base d2@5"]["tasks"]["en_facts"]["n"] for n in (3, 9)] == [3, 9]
+
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 def command(base, *args, ranks=0):

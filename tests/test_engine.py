@@ -64,6 +64,15 @@ def test_rows_do_not_depend_on_their_batch(tok, kv, kw):
     assert e.generate(prompts[::-1], 50, seed=range(9 + 16, 8, -1), batch_size=4, **kw) == alone[::-1]
     assert e.generate(prompts, 7, seed=9, **kw) == [a[:7] for a in alone]
 
+def test_a_document_is_continued_from_its_bos_and_without_tools(tok, engine):
+    assert engine.complete("hello", max_tokens=9, temperature=0) == engine.text(
+        engine.generate([[tok.bos_id, *tok.encode("hello")]], 9, temperature=0, tools=False)[0])
+    text = "zq"                                                                          # two tokens: no merge joins them
+    call = [tok.special("python_start"), *tok.encode("6*7"), tok.special("python_end")]
+    e = Engine(Scripted(engine.model, {tok.encode(text)[0]: call + tok.encode("!") * 30}), tok)
+    said = [e.complete(text, max_tokens=14, temperature=0, **kw).count("!") for kw in ({}, dict(tools=True))]
+    assert said[0] > said[1] > 0
+
 def test_window(tok, engine):
     edge = [[tok.bos_id] * n for n in (1, 40, 63, 64)]
     assert [len(a) for a in engine.generate(edge, 1000, stop=())] == [63, 24, 1, 0]

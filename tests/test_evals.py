@@ -2,12 +2,12 @@
 import dataclasses, json, os, random, re, shutil, subprocess, sys, textwrap, warnings
 from pathlib import Path
 import pytest, torch
-from nanochat_nb import pretrain, sft
+from nanochat_nb import evals, pretrain, sft
 from nanochat_nb.checkpoint import save_checkpoint
 from nanochat_nb.data import DataSettings, prepare
 from nanochat_nb.engine import Engine
 from nanochat_nb.evals import (MAX_TOKENS, EvalSettings, bits_per_byte, build_report, chance, checkpoints, evaluate, exam_rows, exam_table,
-                               find_checkpoint, is_right, load_engine, mark_answers, mark_choices, plot_exam, plot_stages, report_markdown, wilson)
+                               find_checkpoint, is_right, load_engine, mark_answers, mark_choices, plot_exam, plot_stages, report_markdown, sit_tasks, wilson)
 from nanochat_nb.model import GPT, GPTConfig
 from nanochat_nb.runtime import init_runtime
 from nanochat_nb.settings import NanochatError, read_json, write_json
@@ -126,6 +126,13 @@ def test_no_taught_answer_is_cut_off(vocab_size):
         assert len(ids) - mask.index(1) <= MAX_TOKENS[c["kind"]], c
 
 
+@pytest.mark.parametrize("room, n", [(3, 0), (4, 1)])
+def test_a_question_needs_room_for_its_answer(tok, rt, room, n):
+    items = exam(WORLD, "en", "mcq", 1)
+    engine = Engine(random_model(tok.vocab_size, len(tok.render_prompt(items[0]["messages"])) + room), tok, rt)
+    assert [r["n"] for r in sit_tasks(engine, dict(one=items)).values()] == [1] * n
+
+
 # ---- intervals and chance ------------------------------------------------------------------------------------------
 
 def test_wilson_holds_the_rate_and_narrows():
@@ -137,6 +144,11 @@ def test_wilson_holds_the_rate_and_narrows():
         assert ends == sorted(ends)
     widths = [wilson(n // 2, n)[1] - wilson(n // 2, n)[0] for n in (10, 40, 160, 640)]
     assert widths == sorted(widths, reverse=True) and widths[2] / widths[3] == pytest.approx(2, abs=.05)
+
+def test_every_subject_counts_alike():
+    "Three right of four in a large subject and none of one in a small one: 3/8, not 3/5."
+    row = evals._row([True, True, True, False, False], [dict(answer="A", choices="ABCD", subject=s) for s in "aaaab"])
+    assert (row["acc"], row["subjects"], row["subject_mean"]) == (.6, 2, .375)
 
 def test_chance():
     assert chance([]) == 0 and chance([{"answer": a} for a in "1121"]) == .75

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from nanochat_nb.checkpoint import save_checkpoint
 from nanochat_nb.engine import Engine
 from nanochat_nb.evals import load_model
-from nanochat_nb.export import ExportSettings, export_hf, load_hf, run_import
+from nanochat_nb.export import ExportSettings, export_hf, load_hf, run_export, run_import
 from nanochat_nb.model import GPT, GPTConfig
 from nanochat_nb.pretrain import PretrainSettings, fill
 from nanochat_nb.settings import NanochatError
@@ -124,6 +124,19 @@ def test_model_and_tokenizer_of_two_sizes(base, tmp_path):
     with pytest.raises(NanochatError, match="tokenizer.json cannot be used: .*the tokenizer 280"):
         run_import(ExportSettings(source=str(out), base_dir=str(tmp_path/"base")))
     assert not (tmp_path/"base"/"tokenizer").exists()
+
+def test_the_step_asked_for_is_exported_and_only_with_its_tokenizer(base, tmp_path):
+    folder, model, tok = base
+    at = tmp_path/"base"
+    tok.save(at/"tokenizer")
+    meta = dict(config=asdict(model.cfg), tokenizer_hash=tok.hash, settings={})
+    for step in (1, 2):
+        save_checkpoint(at/"sft_checkpoints"/"d2", step, {k: v + step for k, v in model.state_dict().items()}, meta=meta)
+    for step, want in ((1, 1), (-1, 2)):
+        out = run_export(ExportSettings(out=str(tmp_path/f"out{step}"), base_dir=str(at), step=step))
+        assert torch.equal(load_file(out/"model.safetensors")["lm_head.weight"], model.head.weight + want)
+    train_tokenizer([t[::-1] for t in TEXTS] + ["another text " * 9], 300).save(at/"tokenizer")
+    with pytest.raises(NanochatError, match="belongs to tokenizer"): run_export(ExportSettings(out=str(tmp_path/"no"), base_dir=str(at)))
 
 def test_nothing_else_is_deleted(base, tmp_path, monkeypatch):
     (tmp_path/".mine.tmp").mkdir(); (tmp_path/".mine.tmp"/"precious").touch(); (tmp_path/"link").symlink_to(tmp_path/"nowhere")

@@ -164,6 +164,18 @@ def test_halves_of_two_versions_are_never_joined_even_without_hashes(hub, tmp_pa
     assert (tmp_path / "y").read_bytes() == bytes(50_000)
 
 
+def test_a_file_that_changes_behind_the_head_is_never_joined_to_its_older_half(hub, tmp_path, monkeypatch):
+    hub.files["x"], hub.faults, real = bytes(50_000), ["cut"], F.remote_info
+    with pytest.raises(NanochatError): F.fetch(f"{hub.address}/cdn/x", tmp_path / "x", tries=1)
+    assert (tmp_path / "x.part").stat().st_size == 25_000
+    def late(url, timeout=30.):
+        info = real(url, timeout)
+        hub.files["x"] = b"\1" * 50_000                      # between the question and the rest: the same size, no hash
+        return info
+    monkeypatch.setattr(F, "remote_info", late)
+    F.fetch(f"{hub.address}/cdn/x", tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == b"\1" * 50_000
+
 def child(hub, folder, workers=8):
     "A process of its own that fetches the shards."
     code = ("import sys; from pathlib import Path; from nanochat_nb.fetch import fetch_all; a, d, w, *names = sys.argv[1:]; "
@@ -230,6 +242,21 @@ def test_roll_call_names_everything_that_is_missing_and_downloads_nothing(hub, t
     says("datasets/r/a is not there", F.preflight, [("r", "a")], str(tmp_path))
     assert hub.asked == []
 
+
+def test_a_server_that_is_slow_to_wake_is_asked_again(hub, tmp_path, monkeypatch):
+    hub.files["x"], real, said = b"abc", F.remote_info, []
+    def sleepy(url, timeout=30.):
+        said.append(1)
+        if len(said) < 3: raise F.urllib.error.HTTPError(url, 408, "Request Timeout", F.http.client.HTTPMessage(), None)
+        return real(url, timeout)
+    monkeypatch.setattr(F, "remote_info", sleepy)
+    F.fetch(f"{hub.address}/cdn/x", tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == b"abc" and len(said) == 3
+
+
+def test_a_revision_asked_for_goes_before_the_one_pinned():
+    url = lambda **kw: F.artefact_url("o/s@abc", "x", endpoint="https://h.example", **kw)
+    assert url(revision="v2").endswith("/resolve/v2/x") and url().endswith("/resolve/abc/x")
 
 def test_hopeless_faults(hub, tmp_path, monkeypatch):
     def get(name, **kw): return F.fetch(f"{hub.address}/datasets/r/resolve/main/{name}", tmp_path / name, tries=3, **kw)

@@ -2,12 +2,12 @@
 import itertools, json, os, random, shutil, signal, subprocess, sys, threading, time, zlib
 from pathlib import Path
 
-import pyarrow as pa, pyarrow.parquet as pq, pytest, torch
+import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest, torch
 from hypothesis import given, settings, strategies as st
 
 from nanochat_nb.data import iter_texts, write_shards
 from nanochat_nb import loader as loader_module
-from nanochat_nb.loader import (ChatLoader, DocStream, MixLoader, Prefetch, TextLoader, encode_flat, eval_batches,
+from nanochat_nb.loader import (ChatLoader, DocStream, MixLoader, Prefetch, TextLoader, encode_flat, eval_batches, id_type,
                                 prepare_cache)
 from nanochat_nb.packing import Packer
 from nanochat_nb.settings import NanochatError
@@ -475,3 +475,45 @@ def test_next_to_nothing_is_lost_or_padded(seq_len, most):
     waiting = sum(left - 1 for _, left, *_ in p.queue if left)
     assert 1 - (read + waiting) / sum(lens) <= most and read + waiting == sum(lens)
     assert cut / fit < 0.005
+
+
+# ---- what a state and a cache rest on
+
+def test_what_was_cut_and_dropped_is_still_counted_after_a_resume(made):
+    a, b = (chat(made, seq_len=60) for _ in "ab")
+    for _ in range(6): next(a)
+    b.load_state_dict(json.loads(json.dumps(a.state_dict())))
+    assert a.n_cut and a.n_dropped and b.state_dict() == a.state_dict() and (b.n_cut, b.n_dropped) == (a.n_cut, a.n_dropped)
+
+
+def test_a_state_of_other_text_other_conversations_or_another_tokenizer_is_refused(made, tmp_path):
+    folder, docs, tok, chats = made
+    def refused(what, loader, state):
+        with pytest.raises(NanochatError, match=f"made with {what}="): loader.load_state_dict(state)
+    other = train_tokenizer((d["text"] for d in docs[:200]), 600)                  # of the same size
+    assert other.vocab_size == tok.vocab_size and other.hash != tok.hash
+    shutil.copytree(folder, tmp_path / "other")                                    # as many rows under the same names
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    for s in manifest["shards"]: s["sha256"] = "0" * 64
+    (tmp_path / "other/manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    refused("data", text((tmp_path / "other", docs, tok)), text(made).state_dict())
+    refused("tokenizer", text((folder, docs, other)), text(made).state_dict())
+    refused("data", chat((folder, docs, tok, chats[::-1])), chat(made).state_dict())
+    refused("tokenizer", chat((folder, docs, other, chats)), chat(made).state_dict())
+
+
+def test_the_documents_of_a_shard_stand_in_another_order_every_epoch(made):
+    stream, order = DocStream(made[0]), {}
+    for epoch in (0, 1):
+        place = epoch * stream.n_docs
+        while place < (epoch + 1) * stream.n_docs:
+            shard, rows = stream.span(place, 10**9)
+            order[epoch, shard] = rows.tolist()
+            place += len(rows)
+    for i, s in enumerate(stream.shards):
+        assert sorted(order[0, i]) == sorted(order[1, i]) == list(range(s["rows"])) and order[0, i] != order[1, i]
+
+
+def test_ids_beyond_sixteen_bits_keep_their_value():
+    from types import SimpleNamespace
+    assert id_type(SimpleNamespace(vocab_size=2**16)) is np.uint16 and id_type(SimpleNamespace(vocab_size=2**16 + 1)) is np.uint32

@@ -1,7 +1,7 @@
 "What of the model does not read well as a notebook cell: the command, compilation, generation against transformers."
-import json, subprocess, sys
+import dataclasses, json, subprocess, sys
 import pytest, torch
-from nanochat_nb.model import GPT, GPTConfig, KVCache, config_from_depth, to_hf
+from nanochat_nb.model import GPT, GPTConfig, KVCache, config_from_depth, flops_per_token, to_hf
 
 def random_model(cfg, seed=0):
     "A model none of whose parts is silent."
@@ -85,3 +85,13 @@ def test_every_depth_has_even_heads_of_at_most_128_and_counts_are_exact():
     for depth in range(1, 65):
         c = config_from_depth(depth, 1000)
         assert c.n_embd == 64 * depth and c.n_head * c.head_dim == c.n_embd and 64 <= c.head_dim <= 128 and c.head_dim % 2 == 0
+
+def test_which_layers_see_all_and_which_have_tables():
+    for depth in range(1, 14):
+        c = config_from_depth(depth, 64, 2048, "modern")
+        assert [i for i in range(depth) if not c.layer_chunk(i)] == sorted({*range(3, depth, 4), depth - 1})
+        assert [i for i in range(depth) if c.has_values(i)] == [*range(depth)][::-1][::2][::-1]
+
+def test_a_stretch_longer_than_the_row_costs_no_more_than_the_row():
+    short = config_from_depth(4, 1024, 256, "modern")
+    assert short.chunk > 256 and flops_per_token(short) == flops_per_token(dataclasses.replace(short, chunk=256)) == flops_per_token(dataclasses.replace(short, chunk=0))

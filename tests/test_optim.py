@@ -99,6 +99,23 @@ def test_momentum_schedule():
     g = opt.param_groups[-1]
     assert g["lr"] == pytest.approx(.02 * (.5 + .5 * .2)) and g["weight_decay"] == pytest.approx(.1 * 2 / 8)
 
+def test_the_schedule_of_a_step_owes_nothing_to_the_steps_before():
+    a, b = make()[1], make()[1]
+    for step in range(7): set_schedule(a, step, 8, warmup=.2)
+    set_schedule(b, 6, 8, warmup=.2)
+    for g, h in zip(a.param_groups, b.param_groups, strict=True):
+        for k in ("lr", "weight_decay", "momentum"): assert g.get(k) == h.get(k), k
+    assert b.param_groups[-1]["weight_decay"] == pytest.approx(.1 * 2 / 8)
+
+def test_every_part_has_its_rate_and_matrices_alone_decay():
+    model = GPT(config_from_depth(3, 64, 16, "modern"))                     # 192 wide: AdamW's rates are doubled
+    opt = make_optimizer(model, weight_decay=.1)
+    of = {id(p): g for g in opt.param_groups for p in g["params"]}
+    for name, p in model.named_parameters():
+        part, g = name.split(".")[0], of[id(p)]
+        rate = dict(head=.008, wte=.4, values=.2, mix=.04).get(part, .02)
+        assert (g["initial_lr"], g["weight_decay"]) == (pytest.approx(rate), .1 * (part == "blocks")), name
+
 def test_any_request_gives_a_batch_that_splits():
     g = torch.Generator().manual_seed(0)
     for _ in range(500):

@@ -73,6 +73,24 @@ def whole(prepared, tmp_path_factory):
     assert last["step"] == 19 and Path(last["folder"]) == folder(base)
     return losses(base), base
 
+def test_a_run_is_in_sight_says_what_an_interrupt_leaves_and_keeps_a_second_one_out(base):
+    for more, told in ((dict(save_every=0), "no checkpoint was saved; save_every says"), (dict(save_every=2), "is saved: --resume goes on from there")):
+        p = subprocess.Popen(command(num_iterations=4000, **more), env=environment(base), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        try:
+            wait_for(lambda: latest_step(folder(base)) if more["save_every"] else (folder(base)/"metrics.jsonl").exists() and len(losses(base)) > 2)
+            status, out, err = run(base)
+            assert status == 2 and not out and "another run trains in" in err and "another tag" in err and len(err.splitlines()) == 1
+            p.send_signal(signal.SIGINT)
+            out, err = p.communicate(timeout=60)
+        finally: p.kill()
+        assert p.returncode == 130 and "{" not in out and "step 0/4000" in err and told in err, err
+    step = latest_step(folder(base))
+    assert step and f"step {step} is saved" in err
+    status, out, err = run(base, "--resume", num_iterations=step + 2)
+    assert status == 0 and json.loads(out.splitlines()[-1])["step"] == step + 1 and "begins at step 0" not in out
+    status, out, err = run(base, "--resume", num_iterations=1, tag="typo")
+    assert status == 0 and "there is no checkpoint in" in out and "begins at step 0" in out
+
 # ---- kill and resume
 
 def test_sigkill_and_resume_gives_the_same_losses(base, whole):
@@ -120,6 +138,23 @@ def test_a_run_made_longer_at_other_rates(base, whole):
     assert [r["step"] for r in read_metrics(folder(base)/"metrics.jsonl") if "bpb_zh" in r] == [0, 4, 8, 12, 16, 20, 24, 30]
     muon = [g for g in load_checkpoint(folder(base), 30)[2]["param_groups"] if g["kind"] == "muon"]
     assert {(g["beta2"], g["initial_lr"]) for g in muon} == {(0.5, 0.01)}
+
+def test_a_resumed_run_counts_all_its_seconds_and_takes_the_new_decay(base, whole):
+    shutil.copytree(folder(whole[1]), folder(base))
+    before = read_metrics(folder(base)/"metrics.jsonl")
+    status, _, err = run(base, "--resume", num_iterations=22, weight_decay=0.3)
+    assert status == 0, err
+    seconds = [r["seconds"] for r in read_metrics(folder(base)/"metrics.jsonl") if "seconds" in r]
+    assert len(seconds) == 22 and seconds == sorted(seconds) and seconds[19] == next(r["seconds"] for r in before if r["step"] == 19 and "loss" in r)
+    muon = [g for g in load_checkpoint(folder(base), 22)[2]["param_groups"] if g["kind"] == "muon"]
+    assert {g["initial_weight_decay"] for g in muon} == {0.3}
+
+def test_what_belongs_to_an_earlier_run_goes_aside_with_it(base, whole):
+    shutil.copytree(folder(whole[1]), folder(base))
+    (folder(base)/"report.json").write_text("{}")
+    status, _, err = run(base, num_iterations=2)
+    assert status == 0, err
+    for name in ("step_000020", "report.json"): assert (folder(base)/"before"/name).exists() and not (folder(base)/name).exists()
 
 def test_two_ranks_and_resume_on_one(base, whole):
     "Two ranks have the losses of one; stopped and resumed on one rank they still have."
@@ -271,6 +306,20 @@ def test_what_is_compiled_is_little_and_agrees_with_eager(tmp_path, monkeypatch)
     assert len(graphs) == 3                                                    # four blocks, the last, the loss
     with torch.no_grad(): model(x, x); model(x[:, :20])
     assert len(graphs) == 3
+
+def test_the_share_of_the_peak_is_that_of_all_ranks(tmp_path):
+    from nanochat_nb.model import GPT, config_from_depth, flops_per_token
+    from nanochat_nb.pretrain import Trainer, fill
+    from nanochat_nb.runtime import Runtime
+    class Rows:
+        def __next__(self): return torch.zeros(2, 2, 16, dtype=torch.long).unbind()
+        def state_dict(self): return {}
+    model = GPT(config_from_depth(1, 64, 16))
+    for ranks in (1, 2):
+        t = Trainer(fill(PretrainSettings(depth=1, base_dir=str(tmp_path))), Runtime(torch.device("cpu"), torch.float32, 0, ranks), None, model, Rows(), tmp_path, 9, 2, 32 * ranks)
+        t.peak = 1e9                                               # of one rank
+        row = t.train_step(model, 0)
+        assert row["mfu"] * 1e9 * ranks == pytest.approx(row["tok_per_s"] * flops_per_token(model.cfg)) and row["tokens"] == 32 * ranks
 
 @pytest.mark.parametrize("field", ["lr_scale", "workers", "ratio", "vocab_size", "keep", "save_every", "matrix_lr"])
 def test_a_negative_setting_is_refused(field):

@@ -83,6 +83,20 @@ def test_the_same_input_and_seed_give_the_same_bytes(tmp_path):
     assert read_manifest(repackage(dataclasses.replace(cfg, seed=1)))["shards"] != first["shards"]
 
 
+def test_another_seed_is_another_order(tmp_path):
+    from nanochat_nb.repackage import _gather
+    def shuffled(seed):
+        with pa.ipc.new_stream(str(tmp_path / "0.arrow"), pa.schema([("text", pa.string())])) as out: out.write_table(pa.table({"text": [str(i) for i in range(300)]}))
+        return [t for table in _gather([tmp_path / "0.arrow"], seed) for t in table["text"].to_pylist()]
+    assert shuffled(1) == shuffled(1) != shuffled(2) and sorted(shuffled(2), key=int) == [str(i) for i in range(300)]
+
+def test_every_licence_is_carried_on(tmp_path):
+    for name in "ab":
+        write_shards(DOCS[:200], tmp_path / name, source=name)
+        page = tmp_path / name / "manifest.json"
+        page.write_text(json.dumps(json.loads(page.read_text(encoding="utf-8")) | dict(licence=f"licence {name}")), encoding="utf-8")
+    assert read_manifest(repackage(settings(tmp_path, f"{tmp_path}/a,{tmp_path}/b")))["licence"] == "licence a; licence b"
+
 def test_many_piles_shuffle_as_well_as_one(tmp_path):
     path = write(tmp_path / "a.parquet", [f"{i:06d} " + "x" * 600 for i in range(6000)])           # 3.6 MB: four piles of 1 MB
     for mb in (1, 128):

@@ -168,6 +168,12 @@ def test_full_disk_under_the_metrics(tmp_path):
     steps = [r["step"] for r in read_metrics(tmp_path / "m.jsonl")]
     assert len(steps) > 10 and steps == list(range(len(steps)))
 
+def test_the_seed_is_that_of_both_generators():
+    import random
+    def drawn(seed): init_runtime("cpu", "float32", seed); return torch.rand(3).tolist(), random.random()
+    a, b = drawn(1), drawn(2)
+    assert drawn(1) == a and a[0] != b[0] and a[1] != b[1]
+
 def test_metrics_after_a_crash(tmp_path):
     "A half-written line is dropped and the next row starts on a line of its own."
     p = tmp_path / "metrics.jsonl"

@@ -87,3 +87,15 @@ def test_draws_follow_the_distribution():
         got = torch.bincount(sample(x.expand(n, -1), 1.0, seed=seed, t=t), minlength=30)
         want = n * x.softmax(-1)
         assert ((got - want)**2 / want).sum() < 29 + 5 * 58**.5
+
+def test_a_low_temperature_is_taken_at_its_word():
+    "Two tokens a twentieth apart: at a temperature of a twentieth one is e times as likely as the other."
+    n, x = 20_000, torch.tensor([0., .05])
+    i = torch.arange(n)
+    got = sample(x.expand(n, -1), .05, seed=i, t=torch.zeros_like(i)).float().mean().item()
+    assert got == pytest.approx(torch.tensor(1.).sigmoid().item(), abs=.015)
+
+def test_results_are_bounded_on_both_sides():
+    big = 10**9
+    assert calculate(f"{big}*{big}") is calculate(f"-{big}*{big}") is None
+    assert (calculate(f"{big}*{big - 1}"), calculate(f"-{big}*{big - 1}")) == (str(big * (big - 1)), str(-big * (big - 1)))

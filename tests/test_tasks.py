@@ -233,6 +233,15 @@ def test_an_exam_that_cannot_come_says_who_asked_for_it(hub, tmp_path):
     says("HTTP 404 Not Found; check the name, and the endpoint (exam arc-challenge, with which arc-easy, gsm8k is compared)", sft.gather,
          settings(tmp_path, hub, conversations="world:5,arc-easy,gsm8k-zh,gsm8k"))
 
+def test_every_language_is_guarded_by_its_own_exams():
+    zh, en = (tasks.guards([n]) for n in ("smoltalk-chinese", "smoltalk"))
+    assert set(zh) == {"gsm8k-zh", "ceval", "cmmlu"} and set(en) == {"arc-easy", "arc-challenge", "mmlu", "gsm8k", "humaneval"}
+    assert tasks.guards(["gsm8k-zh"]) == zh and set(tasks.guards(["smoltalk", "gsm8k-zh"])) == {*zh, *en}
+
+def test_another_seed_is_another_choice_of_questions(hub, tmp_path):
+    got = [[x["answer"] + x["messages"][0]["content"] for x in tasks.load("gsm8k", "train", 4, seed, str(tmp_path), hub.address)] for seed in (1, 1, 2, 3)]
+    assert got[0] == got[1] and len({*map(str, got)}) == 3
+
 def test_a_program_that_forks_and_stays_is_ended(tmp_path):
     mark = tmp_path / "alive"
     code = f"import os, time\nif os.fork() == 0:\n    time.sleep(3); open({str(mark)!r}, 'w').close()\n"
