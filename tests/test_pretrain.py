@@ -85,7 +85,7 @@ def test_a_run_is_in_sight_says_what_an_interrupt_leaves_and_keeps_a_second_one_
         finally: p.kill()
         assert p.returncode == 130 and "{" not in out and "step 0/4000" in err and told in err, err
     step = latest_step(folder(base))
-    assert step and f"step {step} is saved" in err
+    assert 0 < int(err.split("stopped; step ")[1].split()[0]) <= step    # one under way may have been finished after that
     status, out, err = run(base, "--resume", num_iterations=step + 2)
     assert status == 0 and json.loads(out.splitlines()[-1])["step"] == step + 1 and "begins at step 0" not in out
     status, out, err = run(base, "--resume", num_iterations=1, tag="typo")
