@@ -61,7 +61,7 @@ def shard_model(
     dtype: torch.dtype,   # in which parameters travel and products are computed; gradients travel in float32
 ) -> nn.Module:           # the same, every parameter a `DTensor` but the residual mix
     "Split parameters, and so gradients and state, over the ranks: each holds its rows (FSDP, Zhao et al. 2023)."
-    from torch.distributed.device_mesh import init_device_mesh                    # half a second, for whoever shards
+    from torch.distributed.device_mesh import init_device_mesh          # loaded by whoever shards alone
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     how = dict(mesh=init_device_mesh(torch.device(device).type, (dist.get_world_size(),)), mp_policy=mixed)
