@@ -56,7 +56,8 @@ def execute(path, progress, timeout=900):
     kept = {c.id: c.source for c in nb.cells if c.cell_type == "code" and NO_EVAL.search(c.source)}
     for c in nb.cells:
         if c.id in kept: c.source = ""                                            # nbclient skips an empty cell
-    NotebookClient(nb, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
+    NotebookClient(nb, timeout=timeout, kernel_name="python3", coalesce_streams=True,
+                   resources={"metadata": {"path": str(path.parent)}},
                    on_cell_start=lambda cell, cell_index: progress.show(f"{path.stem}: cell {cell_index + 1}/{n}")).execute()
     for c in nb.cells:
         if c.id in kept: c.source = kept[c.id]

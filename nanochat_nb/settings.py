@@ -200,11 +200,19 @@ def run_main(
     cls,       # its dataclass
     argv=None, # command line; default sys.argv[1:]
 ):
-    "Run a command: user errors become one line on stderr and exit status 2, Ctrl-C 130."
-    try: return main(from_flags(cls, argv))
+    "Run a command: user errors become one line on stderr and exit status 2, Ctrl-C 130, a reader that has left 141."
+    try:
+        out = main(from_flags(cls, argv)); sys.stdout.flush()
+        return out
     except NanochatError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        try: print(flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())        # or Python complains at its end
+            sys.exit(141)
+        raise                                                                     # it was another pipe

@@ -1,5 +1,5 @@
 "Chat: the command as a process, Ctrl-C in the middle of an answer, long conversations."
-import subprocess, sys
+import contextlib, os, shutil, subprocess, sys, threading
 from dataclasses import asdict
 import pytest, torch
 from nanochat_nb.chat import ChatWidget, Conversation, chat_loop, command, fit_prompt, token_html
@@ -70,6 +70,26 @@ def test_what_was_refused_is_not_part_of_the_talk(base):
     chat_loop(talk, ["hello", "/t inf", "/t -1", "/t 0", "hello"], lambda *a, **kw: out.append("".join(a)))
     assert out[0].startswith("error:") and out[1:3] == ["/t inf: expected a number, 0 or more", "/t -1: expected a number, 0 or more"]
     assert [m["role"] for m in talk.messages] == ["user", "assistant"] and talk.messages[1]["content"]
+
+def test_a_long_line_arrives_whole(tmp_path):
+    "A terminal by itself cuts a line at 4,095 bytes."
+    pty, _ = pytest.importorskip("pty"), pytest.importorskip("readline")
+    master, slave = pty.openpty()
+    code = "from nanochat_nb.chat import typed; print('ready', flush=True); print('got', len(next(typed())), flush=True)"
+    p = subprocess.Popen([sys.executable, "-c", code], stdin=slave, stdout=slave, stderr=subprocess.DEVNULL, env=os.environ | {"LC_ALL": "C.UTF-8", "TERM": "dumb"})
+    os.close(slave)
+    seen, sent = b"", False
+    with contextlib.suppress(OSError):                                # the terminal closes
+        while b"got" not in seen or not seen.endswith(b"\n"):
+            seen += os.read(master, 65536)
+            if not sent and b"> " in seen: sent = True; threading.Thread(target=os.write, args=(master, "好".encode() * 2000 + b"END\n")).start()
+    os.close(master); p.wait(30)
+    assert b"got 2003" in seen, seen[-200:]
+
+def test_a_reader_who_leaves(base):
+    done = subprocess.run(f"{sys.executable} -m nanochat_nb.chat --base_dir {base[0]} --device cpu --prompt 你好 | head -c 1; echo ${{PIPESTATUS[0]}}",
+                          shell=True, executable=shutil.which("bash"), capture_output=True)
+    assert done.stdout.endswith(b"141\n") and b"Traceback" not in done.stderr and b"Broken" not in done.stderr, done
 
 def test_seeds_advance(base):
     a, b = (Conversation(base[1], max_tokens=20, temperature=1.5, seed=3) for _ in "ab")

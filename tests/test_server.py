@@ -9,6 +9,7 @@ from nanochat_nb.checkpoint import save_checkpoint
 from nanochat_nb.engine import Engine, Request
 from nanochat_nb.model import GPT, GPTConfig
 from nanochat_nb.server import Refused, ServerSettings, Worker, answer, at_stop, make_app, read_body, read_request
+from nanochat_nb.settings import NanochatError
 from nanochat_nb.tokenizer import train_tokenizer
 
 TEXTS = [f"{i}+{j} 等于几 how much is it 你好世界 hello 👋" for i in range(10) for j in range(10)]
@@ -60,7 +61,8 @@ def site():
 def test_openai_client(site):
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=site.url + "/v1", api_key="none")
-    assert [m.id for m in client.models.list()] == ["toy"]
+    assert [m.id for m in client.models.list()] == ["toy"] == [client.models.retrieve("toy").id]
+    with pytest.raises(openai.NotFoundError, match="no model 'gpt-4'"): client.models.retrieve("gpt-4")
     talk = dict(model="toy", messages=ASK, max_tokens=60, seed=7)
     whole = client.chat.completions.create(**talk)
     assert whole.choices[0].finish_reason == "length" and whole.usage.completion_tokens == 60
@@ -73,6 +75,14 @@ def test_openai_client(site):
     end = next(c for c in said[5:] if said.index(c) > 2)
     cut = client.chat.completions.create(**talk, stop=[end])
     assert cut.choices[0].message.content == said[:said.index(end)] and cut.choices[0].finish_reason == "stop"
+    cut = [client.chat.completions.create(**talk, stop=[end]).usage.completion_tokens for _ in range(8)]
+    assert len({*cut}) == 1 and cut[0] <= 60                     # however far the engine had got
+    one = [client.chat.completions.create(**talk | dict(messages=[{"role": r, "content": "be brief"}, *ASK])) for r in ("developer", "system")]
+    assert one[0].choices[0].message == one[1].choices[0].message != whole.choices[0].message
+    for kw in (dict(logprobs=True), dict(response_format={"type": "json_object"}), dict(frequency_penalty=.5), dict(tools=[{"type": "function"}])):
+        with pytest.raises(openai.BadRequestError, match=f"{[*kw][0]}: not to be had"): client.chat.completions.create(**talk, **kw)
+    plain = dict(logprobs=False, response_format={"type": "text"}, frequency_penalty=0, tools=[])
+    assert client.chat.completions.create(**talk, **plain).choices[0].message == whole.choices[0].message
     with pytest.raises(openai.BadRequestError, match="temperature=-1"): client.chat.completions.create(**talk, temperature=-1)
     with pytest.raises(openai.BadRequestError, match="roles alternate"):
         client.chat.completions.create(**talk | dict(messages=[{"role": "assistant", "content": "hi"}]))
@@ -157,6 +167,9 @@ def test_command_says_where_it_listens(tmp_path):
         assert httpx.get(url + "/health", timeout=60).status_code == 200
         taken = subprocess.run([*command, url.rpartition(":")[2]], capture_output=True, text=True)
         assert taken.returncode == 2 and "choose another --port" in taken.stderr and taken.stderr.count("\n") == 1
+        half = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])))
+        half.sendall(POST % (100, b"{"))                              # someone who never ends does not delay the end, nor litter it
+        assert httpx.get(url + "/health", timeout=60).status_code == 200
     finally: p.send_signal(signal.SIGINT); out, err = p.communicate(timeout=30)
     assert (p.returncode, out, err) == (0, "", "")
 
@@ -202,6 +215,26 @@ def test_a_guest_who_comes_later_need_not_wait(site):
     site.worker.submit(short, tell("short"))
     while len(done) < 2: time.sleep(.01)
     assert done == ["short", "long"]
+
+def test_what_cannot_fit_is_refused_before_it_is_encoded(site, monkeypatch):
+    tok, read = site.worker.engine.tok, []
+    encode = tok.encode
+    monkeypatch.setattr(tok, "encode", lambda text, *a, **kw: read.append(len(text)) or encode(text, *a, **kw))
+    turns = [{"role": r, "content": "x"} for _ in range(1000) for r in ("user", "assistant")] + [{"role": "user", "content": "x"}]
+    for talk, forget, said in (([{"role": "system", "content": "x " * 400_000}, *turns], "auto", "the system message and the last have at least"),
+                               ([{"role": "user", "content": "你" * 300_000}], "auto", "the message has at least"),
+                               ([{"role": "user", "content": "你" * 300_000}], None, "leave no room")):
+        with pytest.raises(NanochatError, match=said): read_request({"messages": talk, "truncation": forget}, site.worker.engine, site.cfg)
+        assert sum(read) == 0
+    read_request({"messages": turns, "truncation": "auto", "max_tokens": 3}, site.worker.engine, site.cfg)
+    assert 100 < sum(read) < 5000                                # of 2,001 turns those that may fit, a few times
+
+def test_a_body_that_does_not_come(monkeypatch):
+    monkeypatch.setattr("nanochat_nb.server.MAX_SECONDS", .3)
+    async def receive(): await asyncio.sleep(.05); return {"type": "http.request", "body": b" ", "more_body": True}
+    asked = SimpleNamespace(headers={"content-type": "application/json"}, receive=receive)
+    with pytest.raises(Refused) as e: asyncio.run(read_body(asked))
+    assert e.value.status == 408
 
 def test_a_guest_who_leaves_while_asking():
     parts = [{"type": "http.request", "body": b'{"mess', "more_body": True}, {"type": "http.disconnect"}]
@@ -302,6 +335,13 @@ def test_an_engine_that_fails_says_so(capfd):
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
+def until(page, said):
+    "Wait for what a script says; the page's own policy forbids to evaluate text in it."
+    for _ in range(600):
+        if page.evaluate(said): return
+        page.wait_for_timeout(50)
+    raise AssertionError(said)
+
 @pytest.mark.skipif(not CHROMIUM, reason="no chromium")
 def test_page_in_a_browser(site, tmp_path):
     sync = pytest.importorskip("playwright.sync_api")
@@ -338,8 +378,21 @@ def test_page_in_a_browser(site, tmp_path):
         page.fill("#text", "short"); page.click("#send"); page.wait_for_selector(".assistant >> nth=3")  # forgets the oldest
         page.locator("#stop:disabled").wait_for(timeout=30000)
         assert page.locator(".error").count() == 1
+        old = page.locator(".assistant").last.inner_text()
+        page.route("**/completions", lambda r: r.fulfill(status=502, body="<html>no</html>"))
+        page.fill("#text", "a draft"); page.click("#again"); until(page, "() => !running && $('log').lastChild.className == 'm error'")
+        assert "502" in page.inner_text(".error") and page.input_value("#text") == "a draft"      # what there was stays
+        assert page.locator(".assistant").last.inner_text() == old and page.evaluate("messages.at(-1).content") == old
+        page.click("#send"); until(page, "() => $('text').value == 'a draft'")
+        page.unroute("**/completions")
         page.click("#fresh")
         assert page.locator(".m").count() == 0
         assert all(u.startswith(site.url) for u in asked)             # nothing from elsewhere
+        locked, page = Site(rows=1, api_key="钥匙"), browser.new_page()
+        try:
+            page.on("dialog", lambda d: d.accept("钥匙"))             # a header holds bytes, not characters
+            page.goto(locked.url); page.fill("#text", "hi"); page.click("#send")
+            until(page, "() => messages.length == 2 && !running"); assert page.locator(".error").count() == 0
+        finally: locked.close()
         browser.close()
     assert site.calm()
