@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SETS', 'RLSettings', 'world_questions', 'read_questions', 'keep_apart', 'gather', 'rollouts', 'advantages', 'sampled',
-           'answer_row', 'policy_loss', 'Questions', 'RLTrainer', 'pass_at_k', 'pass_curve', 'start_from', 'train',
-           'main']
+           'answer_row', 'policy_loss', 'Questions', 'RLTrainer', 'pass_at_k', 'pass_curve', 'check', 'start_from',
+           'train', 'main']
 
 # %% ../nbs/07_rl.ipynb #103ea1f7
 import json, math, os, random, time, zlib
@@ -263,15 +263,18 @@ def pass_curve(cfg: RLSettings, rt, engine: Engine, held: list[dict]):
     return look
 
 # %% ../nbs/07_rl.ipynb #674a9488
-def start_from(cfg: RLSettings) -> Path:
-    "The checkpoints to begin with; settings that cannot work are errors."
+def check(cfg: RLSettings) -> list[str]:  # stages that this one can begin with
+    "Settings that cannot work are errors."
     check_numbers(cfg, per_step=1, group=2, max_tokens=1, n_questions=1, n_held=1, num_iterations=1)
     if cfg.shard: raise NanochatError("shard=True: rl samples with the whole model on every rank; leave shard out")
     if not cfg.temperature > 0:
         raise NanochatError(f"temperature={cfg.temperature}: expected more than 0, since alike answers teach nothing")
-    earlier, tag = list(STAGES)[:-1], cfg.tag or f"d{cfg.depth}"
-    if cfg.init and cfg.init not in earlier:
-        raise NanochatError(f"init={cfg.init!r}: rl starts from {', '.join(earlier)}{did_you_mean(cfg.init, earlier)}")
+    if not cfg.init or cfg.init in (earlier := list(STAGES)[:-1]): return list(STAGES)[:-1]
+    raise NanochatError(f"init={cfg.init!r}: rl starts from {', '.join(earlier)}{did_you_mean(cfg.init, earlier)}")
+
+def start_from(cfg: RLSettings) -> Path:
+    "The checkpoints to begin with."
+    earlier, tag = check(cfg), cfg.tag or f"d{cfg.depth}"
     there = [s for s in reversed(earlier) if checkpoints(cfg.base_dir, s, tag)]
     return find_checkpoint(cfg.base_dir, cfg.init or (there + ["base"])[0], tag)
 

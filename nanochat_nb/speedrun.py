@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STEPS', 'TEXT', 'TRAIN', 'RUNS', 'CHAPTERS', 'names_of', 'lines_of', 'read_recipe', 'parameters', 'endpoint_of',
            'check_text', 'check_tasks', 'tag_of', 'check_stages', 'shape_of', 'check_disk', 'check_gpu', 'check_vocab',
-           'check_packages', 'roll_call', 'fingerprints', 'SpeedrunSettings', 'last_row', 'cells_done', 'Live',
-           'run_step', 'run_steps', 'talk', 'read_flags', 'main', 'begin', 'finish']
+           'check_packages', 'check_values', 'roll_call', 'fingerprints', 'SpeedrunSettings', 'last_row', 'cells_done',
+           'Live', 'run_step', 'run_steps', 'talk', 'read_flags', 'main', 'begin', 'finish']
 
 # %% ../nbs/10_speedrun.ipynb #deaccdb8
 import fcntl, hashlib, importlib.util, json, os, re, shlex, shutil, sys, time
@@ -19,7 +19,7 @@ from . import convert, data, fetch, pipeline, rl, sft, tasks, tokenizer, world
 from .repackage import RepackageSettings, parse_sources
 from .model import config_from_depth
 from .optim import plan
-from .runtime import _sigterm_exits, _start, _stop, progress_text, read_metrics
+from .runtime import _sigterm_exits, _start, _stop, pick_device, pick_dtype, progress_text, read_metrics
 from .plan import disk_plan, micro_batch
 from .evals import STAGES, EvalSettings, checkpoints, find_checkpoint, load_engine, world_of
 from .pretrain import PretrainSettings, fill
@@ -201,12 +201,23 @@ def check_packages(params: dict) -> str:
     slow = params.get("tokenizer", {}).get("vocab_size", 0) > 8192 and lack("numba")
     return "; ".join(want + ["a large vocabulary trains faster after pip install numba"] * slow) or "none wanted"
 
+# %% ../nbs/10_speedrun.ipynb #796106a8
+def check_values(params: dict) -> str:
+    "What the steps would refuse when their turn came."
+    for s, p in params.items():
+        cfg = make_settings(STEPS[s][1], p)
+        if s == "pretrain": fill(cfg)
+        elif s in TRAIN: (rl if s == "rl" else sft).check(cfg)
+        if s in TRAIN or s == "eval": pick_dtype(cfg.dtype or "float32", pick_device(cfg.device))
+    return f"{len(params)} steps"
+
 # %% ../nbs/10_speedrun.ipynb #783f8e5d
 def roll_call(params: dict, base: Path) -> list[tuple]:  # (what, is it well?, what was seen or what to do)
     "Everything that can be known before a run."
     rows, size = [], 0
     for what, f, *more in (("text", check_text, base), ("tasks", check_tasks, base), ("stages", check_stages, base),
-                           ("gpu", check_gpu), ("vocabulary", check_vocab, base), ("packages", check_packages),
+                           ("gpu", check_gpu), ("vocabulary", check_vocab, base), ("values", check_values),
+                           ("packages", check_packages),
                            ("disk", lambda *x: check_disk(*x, size), base)):
         try: said = f(params, *more)
         except NanochatError as e: rows.append((what, False, str(e)[:300] + " …" * (len(str(e)) > 300))); continue
@@ -217,14 +228,15 @@ def roll_call(params: dict, base: Path) -> list[tuple]:  # (what, is it well?, w
 # %% ../nbs/10_speedrun.ipynb #f7458aa8
 def fingerprints(params: dict, base: Path) -> dict:  # step → hex
     "What the outcome of each step is a function of: its parameters, its input files, and the steps before it."
-    out, chain, made = {}, "", {p.get("out") for p in params.values()}
+    out, chain, made, home = {}, "", {p.get("out") for p in params.values()}, json.dumps(str(base))[1:-1]
     for s, p in params.items():
         asked = [x.strip() for k in ("source", "conversations", "questions") for x in str(p.get(k, "")).split(",")]
         names = dict.fromkeys(n for x in asked for n in (x, re.sub(r"[:@][^:@/]*$", "", x)) if n and n not in made)
         roots = [Path(n).expanduser() for n in names if not Path(n).is_relative_to(base / "base_data")]
         files = [f for r in roots if r.exists() for f in ([r] if r.is_file() else sorted(r.rglob("*"))) if f.is_file()]
         seen = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        out[s] = chain = hashlib.sha256(json.dumps([chain, s, p, seen]).encode()).hexdigest()[:16]
+        what = json.dumps([chain, s, p, seen]).replace(home, "")                  # a run that was moved is the same run
+        out[s] = chain = hashlib.sha256(what.encode()).hexdigest()[:16]
     return out
 
 # %% ../nbs/10_speedrun.ipynb #b0dbcff6

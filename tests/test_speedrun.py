@@ -46,6 +46,11 @@ def children(folder):
 # ---- the recipes
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_a_run_that_was_moved_is_the_same_run(path, tmp_path):
+    here, there = (fingerprints(parameters(path, {}, base), base) for base in (tmp_path/"one/base", tmp_path/"两/base"))
+    assert here == there
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_key_of_a_recipe_reaches_a_step(path, tmp_path):
     common, steps = read_recipe(path)
     params = parameters(path, {}, tmp_path)
@@ -200,6 +205,12 @@ def test_killed_in_the_middle_and_resumed_and_changed(tmp_path):
     steps = [r["step"] for r in read_metrics(metrics) if "loss" in r]
     assert steps == list(range(200)) and (told := yaml.safe_load((out/"pretrain.yaml").read_text()))["resume"] is True
     assert told["base_dir"] == str(out/"base")                       # complete: python -m nanochat_nb.pretrain -f …/pretrain.yaml goes on there
+
+@pytest.mark.parametrize("change", [{"rl.group": "0"}, {"sft.epochs": "-1"}, {"mid.lr_scale": "-1"}, {"pretrain.dtype": "foo"}, {"eval.device": "foo"},
+                                    {"sft.init": "rl"}, {"rl.temperature": "0"}, {"pretrain.warmup": "2"}], ids=str)
+def test_the_roll_call_refuses_what_a_step_would_refuse(tmp_path, change):
+    rows = {what: (ok, said) for what, ok, said in roll_call(parameters(ROOT/"configs/tiny.yaml", change, tmp_path), tmp_path)}
+    assert rows["values"][0] is False and [*change][0].split(".")[1] in rows["values"][1], rows
 
 def test_a_changed_parameter_runs_again_from_that_step_on(tmp_path):
     a = parameters(ROOT/"configs/speedrun.yaml", {}, tmp_path)
