@@ -1,13 +1,14 @@
 """Speed of a training step, this project and the reference side by side on one GPU: one table, one JSON row a run.
 
 python bench/train.py --reference PATH [--runs NAME …] [--out FILE.jsonl]
+python bench/train.py --reference PATH --runs ref-d6-cpu modern-d6-cpu           4,096 tokens a step on a CPU, by clock alone
 
 PATH is a checkout of karpathy/nanochat. Every run is a process of its own with the same random tokens: 524,288 a step in
 micro-batches, forward, backward and optimiser. Rates are medians of the timed steps; kinds of time come from a trace of one.
 With `--together` all runs compile side by side, and when the last has, they are timed one after the other: less time on a
 machine that is lent, but a first step that other runs slowed down.
 """
-import argparse, atexit, contextlib, fcntl, functools, json, os, shutil, statistics, subprocess, sys, tempfile, time
+import argparse, atexit, contextlib, fcntl, functools, json, os, resource, shutil, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,17 +26,19 @@ RUNS = {  # name: who, depth, vocabulary, rows of a micro-batch, and what else d
     "classic-d20": dict(who="ours", depth=20, vocab=32768, rows=16, arch="classic"),
     "modern-d20": dict(who="ours", depth=20, vocab=32768, rows=16, arch="modern"),
     "modern-fp8-d20": dict(who="ours", depth=20, vocab=32768, rows=16, arch="modern", fp8=True),
+    "ref-d6-cpu": dict(who="reference", depth=6, vocab=32768, rows=8, pattern="L", device="cpu", T=512, batch=4096),
+    "modern-d6-cpu": dict(who="ours", depth=6, vocab=32768, rows=8, arch="modern", device="cpu", T=512, batch=4096),
 }
-BATCH, T = 524288, 2048
+GPU = dict(device="cuda", T=2048, batch=524288)  # where a run says nothing else
 KINDS = (("attention", ("flash", "fmha", "sdpa", "flex", "cudnn_generated", "attention")),
          ("products", ("gemm", "nvjet", "cutlass", "xmma", "cublas", "wgmma", "splitk")),
          ("loss", ("logsumexp", "loss", "softmax", "tanh", "_exp_")))
 
 
-def tokens(vocab):
+def tokens(run):
     import torch
     g = torch.Generator().manual_seed(0)
-    return torch.randint(0, vocab, (BATCH // T, T), generator=g)
+    return torch.randint(0, run["vocab"], (run["batch"] // run["T"], run["T"]), generator=g)
 
 def ours(run):
     "(step function, FLOPs a token, parameters) of this project."
@@ -43,17 +46,17 @@ def ours(run):
     from nanochat_nb.model import GPT, config_from_depth, count_params, flops_per_token
     from nanochat_nb.pretrain import PretrainSettings, Trainer, fill
     from nanochat_nb.runtime import init_runtime, peak_flops
-    rt = init_runtime("cuda", "bfloat16", 0)
+    rt = init_runtime(run["device"], "bfloat16" if run["device"] == "cuda" else "", 0)
     cfg = fill(PretrainSettings(depth=run["depth"], fp8=run.get("fp8", False),
                                 activation_budget=run.get("budget", 1.0), muon_beta2=0.9 if run["arch"] == "modern" else 0.0))
-    shape = config_from_depth(run["depth"], run["vocab"], T, run["arch"])
-    model, x = GPT(shape).to(rt.device), tokens(run["vocab"])
+    shape = config_from_depth(run["depth"], run["vocab"], run["T"], run["arch"])
+    model, x = GPT(shape).to(rt.device), tokens(run)
     class Same:
         def __next__(self): return x, x.roll(-1, 1)
         def __iter__(self): return self
         def state_dict(self): return {}
         def load_state_dict(self, state): pass
-    trainer = Trainer(cfg, rt, None, model, Same(), Path("."), 1000, run["rows"], BATCH)
+    trainer = Trainer(cfg, rt, None, model, Same(), Path("."), 1000, run["rows"], run["batch"])
     trainer.peak, fast, at = peak_flops(rt), functools.cache(trainer.fast_model), iter(range(1000))
     return lambda: trainer.train_step(fast(), next(at))["loss"], flops_per_token(shape), count_params(shape)["total"], trainer.peak
 
@@ -63,14 +66,14 @@ def reference(run):
     sys.path.insert(0, run["path"])
     from nanochat.gpt import GPT, GPTConfig
     from nanochat_nb.runtime import init_runtime, peak_flops
-    rt = init_runtime("cuda", "bfloat16", 0)
+    rt = init_runtime(run["device"], "bfloat16" if run["device"] == "cuda" else "", 0)
     heads = run["depth"] * 64 // 128
     with torch.device("meta"):
-        model = GPT(GPTConfig(T, run["vocab"], run["depth"], heads, heads, heads * 128, run["pattern"]))
-    model.to_empty(device="cuda"); model.init_weights()
-    opt, fast, x = model.setup_optimizer(), torch.compile(model, dynamic=False), tokens(run["vocab"])
+        model = GPT(GPTConfig(run["T"], run["vocab"], run["depth"], heads, heads, heads * 128, run["pattern"]))
+    model.to_empty(device=rt.device); model.init_weights()
+    opt, fast, x = model.setup_optimizer(), torch.compile(model, dynamic=False), tokens(run)
     def step():
-        a = x.cuda(); b = a.roll(-1, 1)
+        a = x.to(rt.device); b = a.roll(-1, 1)
         parts = list(zip(a.split(run["rows"]), b.split(run["rows"])))
         for i, o in parts:
             loss = fast(i, o)
@@ -102,22 +105,26 @@ def locked(how):
 
 def one(run):
     import torch
+    gpu = run["device"] == "cuda"
+    sync = torch.cuda.synchronize if gpu else lambda: None
     with locked(fcntl.LOCK_SH):
         step, flops, params, peak = (ours if run["who"] == "ours" else reference)(run)
-        torch.cuda.synchronize(); ready = time.time()
-        step(); torch.cuda.synchronize()
+        sync(); ready = time.time()
+        step(); sync()
         first, whole = time.time() - ready, time.time() - run.pop("began")
     seconds = []
     with locked(fcntl.LOCK_EX):
-        step(); torch.cuda.synchronize()
+        step(); sync()
         for _ in range(run["steps"]):
-            t = time.perf_counter(); loss = step(); torch.cuda.synchronize(); seconds.append(time.perf_counter() - t)
-        kinds, top = kinds_of_time(step)
-    rate, mem = BATCH / statistics.median(seconds), torch.cuda.max_memory_allocated() / 1e9
+            t = time.perf_counter(); loss = step(); sync(); seconds.append(time.perf_counter() - t)
+        kinds, top = kinds_of_time(step) if gpu else ({}, [])
+    rate = run["batch"] / statistics.median(seconds)
+    mem = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     for t in top: print(*t, file=sys.stderr)
-    micro = BATCH // T // run["rows"]
-    print(json.dumps(dict(run, gpu=torch.cuda.get_device_name(), tok_per_s=round(rate), mfu=round(rate * flops / 989e12, 4), of_measured_peak=round(rate * flops / peak, 4),
-                          params=params, memory_gb=round(mem, 1), first_step_s=round(first, 1), start_and_first_step_s=round(whole, 1), loss=round(loss, 3),
+    micro = run["batch"] // run["T"] // run["rows"]
+    where = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
+    print(json.dumps(dict(run, gpu=where, tok_per_s=round(rate), mfu=round(rate * flops / 989e12, 4), of_measured_peak=round(rate * flops / peak, 4),
+                          params=params, memory_gb=round(mem / 1e9, 1), first_step_s=round(first, 1), start_and_first_step_s=round(whole, 1), loss=round(loss, 3),
                           ms_per_micro=round(1000 * statistics.median(seconds) / micro, 1),
                           kinds={k: round(v / micro, 1) for k, v in kinds.items()})))
 
@@ -139,14 +146,14 @@ def finish(a, rows, name, process):
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--reference", default=""); ap.add_argument("--runs", nargs="*", default=list(RUNS)); ap.add_argument("--steps", type=int, default=8)
+    ap.add_argument("--reference", default=""); ap.add_argument("--runs", nargs="*", default=[n for n in RUNS if "cpu" not in n]); ap.add_argument("--steps", type=int, default=8)
     ap.add_argument("--out", default=""); ap.add_argument("--one"); ap.add_argument("--together", action="store_true")
     a = ap.parse_args()
     if a.one: return one(json.loads(a.one))
     rows, todo, cache = [], [], tempfile.mkdtemp()      # a cache of compiled code for each run, empty at first
     atexit.register(shutil.rmtree, cache, True)
     for name in a.runs:
-        run = dict(RUNS[name], name=name, path=a.reference, began=time.time(), steps=a.steps if RUNS[name]["depth"] < 16 else max(3, a.steps // 2))
+        run = dict(GPU | RUNS[name], name=name, path=a.reference, began=time.time(), steps=a.steps if RUNS[name]["depth"] < 16 else max(3, a.steps // 2))
         if run["who"] == "reference" and not a.reference: continue
         env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{cache}/{name}"} | run.get("env", {})
         todo.append((name, subprocess.Popen([sys.executable, __file__, "--one", json.dumps(run)], text=True, stdout=subprocess.PIPE,

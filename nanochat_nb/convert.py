@@ -48,11 +48,8 @@ def to_conversation(row, where: str) -> dict: # {"messages"}
         else: raise NanochatError(f"{where}: has {', '.join(row) or 'no field'}; expected messages, or conversations, "
                                   "or instruction and output")
     except KeyError as e: raise NanochatError(f"{where}: the field {e} is missing") from None
-    except (ValueError, TypeError) as e: raise NanochatError(f"{where}: cannot be read ({e})") from None
+    except (ValueError, TypeError, RecursionError) as e: raise NanochatError(f"{where}: cannot be read ({e})") from None
     data._check_conversation({"messages": messages}, where)
-    text = lambda c: c if isinstance(c, str) else "".join(p["text"] for p in c)
-    for i, t in enumerate((text(m["content"]) for m in messages), 1):
-        if not t.strip(): raise NanochatError(f"{where}, message {i}: is empty")
     return {"messages": messages}
 
 # %% ../nbs/04a_convert.ipynb #7a5867c3
@@ -67,7 +64,7 @@ def convert(
     rows = data._lines(path)
     if is_list:
         try: rows = [(f"{path} row {i}", x) for i, x in enumerate(json.loads(path.read_text(encoding="utf-8-sig")), 1)]
-        except ValueError as e: raise NanochatError(f"{path} is not valid JSON ({e})") from None
+        except (ValueError, RecursionError) as e: raise NanochatError(f"{path} is not valid JSON ({e})") from None
     for where, row in rows:
         if isinstance(row, str) and not row.strip() or stop and len(good) + len(bad) >= stop: continue
         try: good.append(to_conversation(row, where))

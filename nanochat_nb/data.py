@@ -51,7 +51,8 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict]]:
     for where, line in _lines(path):
         if not line.strip(): continue
         try: row = json.loads(line)
-        except ValueError as e: raise NanochatError(f"{where}: not valid JSON ({e}); mend or remove the line") from None
+        except (ValueError, RecursionError) as e:
+            raise NanochatError(f"{where}: not valid JSON ({e}); mend or remove the line") from None
         if not isinstance(row, dict): raise NanochatError(f"{where}: expected an object, found {type(row).__name__}")
         yield where, row
 
@@ -322,7 +323,7 @@ def verify(folder: str | Path) -> list[str]:
 
 # %% ../nbs/00_data.ipynb #b175366c
 def _check_conversation(row: dict, where: str) -> None:
-    "Raise unless user and assistant take turns, after an optional system message."
+    "Raise unless user and assistant take turns, after an optional system message, and nobody says nothing."
     messages = row.get("messages")
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise NanochatError(f"{where}: expected a list 'messages' of objects with role and content")
@@ -333,12 +334,14 @@ def _check_conversation(row: dict, where: str) -> None:
         if m.get("role") != want:
             raise NanochatError(f"{at}: role is {m.get('role')!r}, expected {want!r}; user and assistant take turns")
         said = m.get("content")
-        for p in said if isinstance(said, list) and want == "assistant" else [{"type": "text", "text": said}]:
+        said = said if isinstance(said, list) and want == "assistant" else [{"type": "text", "text": said}]
+        for p in said:
             kind, text = (p.get("type"), p.get("text")) if isinstance(p, dict) else (None, None)
             known = kind in ("text", "python", "python_output") and isinstance(text, str)
             if not known or text != text.encode(errors="ignore").decode():
                 raise NanochatError(f"{at}: content must be a string (no half surrogate pair) or, for the assistant, "
                                     "a list of {'type': 'text' | 'python' | 'python_output', 'text': …}")
+        if not any(p["text"].strip() for p in said): raise NanochatError(f"{at}: is empty")
 
 # %% ../nbs/00_data.ipynb #b83690ba
 def read_conversations(

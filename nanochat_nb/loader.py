@@ -116,7 +116,7 @@ def check_state(made_from: dict, state: dict):
     "A state made from other data or settings is an error that names the first difference."
     for k, v in made_from.items():
         if state.get(k) != v:
-            same = "text_share" if k == "kind" else k       # 0 of it is a loader of conversations alone
+            same = {"kind": "text_share", "buffer": "conversations"}.get(k, k)   # kind: 0 of it is conversations alone
             raise NanochatError(f"the saved loader state was made with {k}={state.get(k)!r}, this loader has {v!r}; "
                                 f"use the same {same}, or start a run under another tag")
 

@@ -94,7 +94,7 @@ def check_numbers(cfg: RunSettings, **least: int):
     for k, v in asdict(cfg).items():
         if k in ("warmup", "warmdown", "activation_budget", "muon_beta2"):
             if not 0 <= v <= 1: raise NanochatError(f"{k}={v}: expected a share, 0 to 1")
-        elif isinstance(v, (int, float)) and not v >= (n := least.get(k, 0)):
+        elif isinstance(v, (int, float)) and not (n := least.get(k, 0)) <= v < math.inf:
             raise NanochatError(f"{k}={v}: expected {n} or more{'; try 4 or 20' * (k == 'depth')}")
 
 def fill(cfg: PretrainSettings) -> PretrainSettings:

