@@ -558,6 +558,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'nanochat_nb.modeling.NanochatNbForCausalLM.get_input_embeddings': ( 'modeling.html#nanochatnbforcausallm.get_input_embeddings',
                                                                                                            'nanochat_nb/modeling.py'),
                                       'nanochat_nb.modeling.features': ('modeling.html#features', 'nanochat_nb/modeling.py'),
+                                      'nanochat_nb.modeling.mean_loss': ('modeling.html#mean_loss', 'nanochat_nb/modeling.py'),
                                       'nanochat_nb.modeling.norm': ('modeling.html#norm', 'nanochat_nb/modeling.py'),
                                       'nanochat_nb.modeling.rotate': ('modeling.html#rotate', 'nanochat_nb/modeling.py'),
                                       'nanochat_nb.modeling.see': ('modeling.html#see', 'nanochat_nb/modeling.py')},

@@ -24,9 +24,12 @@ from .evals import STAGES, find_checkpoint, load_model
 from .pretrain import PretrainSettings, fill
 
 # %% ../nbs/09_export.ipynb #fb0913c7
-CHAT_TEMPLATE = """{{ bos_token }}{% set ns = namespace(system='') %}{% for m in messages %}
-{%- if m.role == 'system' %}{% set ns.system = m.content + '\\n\\n' %}{% else %}
-{{- '<|' + m.role + '_start|>' + ns.system }}{% set ns.system = '' %}
+CHAT_TEMPLATE = """{{ bos_token }}{% set ns = namespace(system='', n=0) %}{% for m in messages %}
+{%- if m.role == 'system' and loop.first %}
+{%- set ns.system = (m.content if m.content is string else m.content | map(attribute='text') | join) + '\\n\\n' %}
+{%- elif m.role != ('user', 'assistant')[ns.n % 2] %}
+{{- raise_exception('user and assistant take turns, after at most one system message') }}{% else %}
+{{- '<|' + m.role + '_start|>' + ns.system }}{% set ns.system, ns.n = '', ns.n + 1 %}
 {%- if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}
 {%- if p.type == 'text' %}{{ p.text }}{% else %}{% set mark = 'python' if p.type == 'python' else 'output' %}
 {{- '<|' + mark + '_start|>' + p.text + '<|' + mark + '_end|>' }}{% endif %}{% endfor %}{% endif %}
@@ -156,7 +159,7 @@ def _write(folder: Path, state: dict, config: dict, tokenizer: Tokenizer, card: 
     (folder/"model.safetensors").chmod(folder.stat().st_mode & 0o666)
     write_json(folder/"config.json", config | ends)
     if "auto_map" in config: shutil.copy(MODELING, folder/"modeling_nanochat_nb.py")
-    write_json(folder/"generation_config.json", ends | dict(max_new_tokens=256, do_sample=False))
+    write_json(folder/"generation_config.json", ends | dict(do_sample=False))
     write_json(folder/"tokenizer_config.json", tokenizer_config(config["max_position_embeddings"]))
     for name, text in (("tokenizer.json", tokenizer.spec), ("README.md", card)):
         (folder/name).write_text(text, encoding="utf-8")

@@ -178,6 +178,12 @@ m = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 a, b = json.loads(sys.argv[2])
 ids = torch.tensor([a, [0] * (len(a) - len(b)) + b])
 real = torch.tensor([[1] * len(a), [0] * (len(a) - len(b)) + [1] * len(b)])
+assert m.generate(ids[:1], max_length=len(a) + 2, do_sample=False).size(1) <= len(a) + 2       # the caller's limit
+assert m(ids).past_key_values is not None and m.train()(ids).past_key_values is None
+m.eval()
+try: m.generate(ids, cache_implementation="static", max_new_tokens=3)
+except ValueError as e: assert "cache_implementation" in str(e), e
+else: raise AssertionError("a static cache would need another mask")
 print(json.dumps(m.generate(ids, attention_mask=real, max_new_tokens=30, do_sample=False)[:, len(a):].tolist()))"""
     a, b = tok.render_prompt([{"role": "user", "content": "你好 hello 12+3"}]), [tok.bos_id, 5]
     env = os.environ | {"HF_HOME": str(tmp_path/"cache"), "TRANSFORMERS_VERBOSITY": "error"}
