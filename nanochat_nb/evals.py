@@ -90,7 +90,8 @@ def is_right(
 ) -> bool:
     "The last number said, the letter it begins with if no other is named, or the whole text up to width and spaces."
     if re.fullmatch(r"-?\d+(\.\d+)?", answer, re.ASCII):
-        last = ["^", *filter(None, _NUMBER.findall(plain(said.replace("，", "； "))))][-1]   # 3，205 is two numbers
+        said = re.sub(r"(?<=\d)/(?=\d)", "^", plain(said.replace("，", "； ")))  # 3，205 is two numbers, 1/2 is none
+        last = ["^", *filter(None, _NUMBER.findall(said))][-1]
         return not set("eE^") & set(last) and Decimal(last.replace(",", "")) == Decimal(answer)
     said, answer = plain(said), plain(answer)
     if answer not in tuple("ABCDE"): return said == answer
