@@ -133,8 +133,8 @@ def table(rows):
     print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for r in rows:
         k = r["kinds"]
-        print(f"| {r['name']} | {r['params'] / 1e6:.0f}M | {r['tok_per_s']:,} | {r['mfu']:.1%} | {r['memory_gb']} | {r['first_step_s']} | {r['start_and_first_step_s']} | {r['ms_per_micro']} | "
-              + " | ".join(str(k.get(n, 0)) for n in ("products", "attention", "loss", "other")) + " |")
+        print(f"| {r['name']} | {r['params'] / 1e6:.0f}M | {r['tok_per_s']:,} | {'–' if r.get('device') == 'cpu' else format(r['mfu'], '.1%')} | {r['memory_gb']} | {r['first_step_s']} | {r['start_and_first_step_s']} | {r['ms_per_micro']} | "
+              + " | ".join(str(k.get(n, 0) if k else "–") for n in ("products", "attention", "loss", "other")) + " |")
 
 def finish(a, rows, name, process):
     "Wait for a run and add its row."
