@@ -129,6 +129,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'nanochat_nb.core.comparison': ('core.html#comparison', 'nanochat_nb/core.py'),
                                   'nanochat_nb.core.core_markdown': ('core.html#core_markdown', 'nanochat_nb/core.py'),
                                   'nanochat_nb.core.core_of': ('core.html#core_of', 'nanochat_nb/core.py'),
+                                  'nanochat_nb.core.exam_name': ('core.html#exam_name', 'nanochat_nb/core.py'),
                                   'nanochat_nb.core.examine': ('core.html#examine', 'nanochat_nb/core.py'),
                                   'nanochat_nb.core.main': ('core.html#main', 'nanochat_nb/core.py'),
                                   'nanochat_nb.core.open_bundle': ('core.html#open_bundle', 'nanochat_nb/core.py'),

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'BUNDLE', 'write_bundle', 'at_hand', 'open_bundle', 'read_tasks', 'texts', 'alike', 'Question', 'questions',
-           'Shared', 'score_batch', 'sit', 'task_row', 'core_of', 'world_bundle', 'CoreSettings', 'examine', 'run_core',
-           'core_markdown', 'read_run', 'comparison', 'plot_runs', 'CompareSettings', 'compare', 'main',
-           'compare_flags']
+           'Shared', 'score_batch', 'sit', 'task_row', 'core_of', 'exam_name', 'world_bundle', 'CoreSettings',
+           'examine', 'run_core', 'core_markdown', 'read_run', 'comparison', 'plot_runs', 'CompareSettings', 'compare',
+           'main', 'compare_flags']
 
 # %% ../nbs/06a_core.ipynb #684be8c4
 import csv, hashlib, json, math, random, sys, tempfile, time, zipfile
@@ -92,10 +92,14 @@ def _items(path: Path, form: str) -> list[dict]:
     for n, line in enumerate(lines, 1):
         try:
             out.append(x := {k: json.loads(line)[k] for k in FORMS[form]})
-            if x.get("gold", 0) not in range(len(x.get("choices", x.get("context_options", "x")))): raise ValueError
+            options = x.get("choices", x.get("context_options", [""]))
+            said = [v for k, v in x.items() if k not in ("gold", "choices", "context_options")] + list(options)
+            if not (isinstance(options, list) and all(isinstance(s, str) for s in said)): raise TypeError
+            if x.get("gold", 0) not in range(len(options)): raise ValueError
         except (ValueError, KeyError, TypeError):
             want = ", ".join(FORMS[form]).replace("gold", "gold (an option's number, from 0)")
-            raise NanochatError(f"{path}, line {n}: expected a JSON object with {want}") from None
+            raise NanochatError(f"{path}, line {n}: expected a JSON object with {want}; "
+                                "texts are strings, options a list of them") from None
     return out
 
 # %% ../nbs/06a_core.ipynb #5c1d7e20
@@ -298,6 +302,11 @@ def core_of(rows: list[dict]) -> dict: # core, its ci95, tasks
     half = math.sqrt(sum(((r["ci95"][1] - r["ci95"][0]) / 2 / (1 - r["chance"])) ** 2 for r in rows)) / len(rows)
     return dict(core=mid, ci95=[mid - half, min(1.0, mid + half)], tasks={r["task"]: r for r in rows})
 
+def exam_name(tasks: list[dict]) -> str:
+    "What was asked, down to every question: only results of one name compare."
+    one = hashlib.sha256("".join(sorted(t["hash"] for t in tasks)).encode()).hexdigest()[:6]
+    return f"{len(tasks)} tasks, {sum(len(t['items']) for t in tasks)} questions, exam {one}"
+
 # %% ../nbs/06a_core.ipynb #ecd82191
 def world_bundle(
     folder: str | Path,
@@ -370,7 +379,8 @@ def run_core(cfg: CoreSettings) -> dict: # {"settings": …, "runs": {name: `cor
     report = dict(settings=asdict(cfg), runs={name: core_of(r) for name, r in rows.items()})
     if rt.is_main:
         old = read_json(p)["runs"] if (p := base / "report" / "core.json").exists() else {}
-        write_json(p, report | dict(runs=old | report["runs"]))
+        new = {f"{name}, {exam_name(tasks)}": r for name, r in report["runs"].items()}
+        write_json(p, report | dict(runs=old | new))
         with atomic_path(base / "report" / "core.md") as tmp: tmp.write_text(core_markdown(report), encoding="utf-8")
     return report
 
@@ -401,8 +411,11 @@ def read_run(
         for lang, table in r["exams"].get(stage, {}).items():
             scores |= {f"{lang} {k}": [x["acc"], *x["ci95"]] for k, x in exam_rows(table).items()}
     cores = read_json(q)["runs"] if (q := base / "report" / "core.json").exists() else {}
-    mine = {int(k.rpartition("@")[2]): c for k, c in cores.items() if k.startswith(f"{stage} {tag}@")}
-    if mine: scores[f"CORE, {len(c['tasks'])} tasks"] = [(c := mine[max(mine)])["core"], *c["ci95"]]  # of the last step
+    mine = [(*k.removeprefix(f"{stage} {tag}@").partition(", ")[::2], c) for k, c in cores.items()
+            if k.startswith(f"{stage} {tag}@")]
+    for _, exam, c in sorted(mine, key=lambda m: int(m[0])):                        # of each exam the last step stays
+        old = f"{len(c['tasks'])} tasks, {sum(t['n'] for t in c['tasks'].values())} questions"  # files without a name
+        scores[f"CORE, {exam or old}"] = [c["core"], *c["ci95"]]
     return record | dict(name=f"{base.name}/{stage}/{tag}", scores=scores, rows=read_metrics(p / "metrics.jsonl"))
 
 # %% ../nbs/06a_core.ipynb #152de8f9

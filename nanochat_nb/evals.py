@@ -90,7 +90,7 @@ def is_right(
 ) -> bool:
     "The last number said, the letter it begins with if no other is named, or the whole text up to width and spaces."
     if re.fullmatch(r"-?\d+(\.\d+)?", answer, re.ASCII):
-        said = re.sub(r"(?<=\d)/(?=\d)", "^", plain(said.replace("，", "； ")))  # 3，205 is two numbers, 1/2 is none
+        said = re.sub(r"(?<=\d) ?[/⁄] ?(?=\d)", "^", plain(said.replace("，", "； ")))  # 3，205: two numbers, 1/2: none
         last = ["^", *filter(None, _NUMBER.findall(said))][-1]
         return not set("eE^") & set(last) and Decimal(last.replace(",", "")) == Decimal(answer)
     said, answer = plain(said), plain(answer)
@@ -183,7 +183,7 @@ def checkpoints(
 ) -> list[Path]:
     "The folders of a stage that hold a checkpoint, the one written last at the end."
     if stage not in STAGES: raise NanochatError(f"unknown stage {stage!r}{did_you_mean(stage, STAGES)}")
-    found = base_folder(base).glob(f"{stage}_checkpoints/{tag or '*'}/latest")
+    found = [p for p in base_folder(base).glob(f"{stage}_checkpoints/*/latest") if tag in ("", p.parent.name)]
     return [p.parent for p in sorted(found, key=lambda p: p.stat().st_mtime)]
 
 def find_checkpoint(
@@ -312,12 +312,12 @@ def sit_tasks(
 # %% ../nbs/06_eval.ipynb #bae5324b
 def _task_lines(r: dict) -> list[str]:
     "Table of the public exams, stages side by side; empty if none was sat."
-    tables, rows = [exam_rows(t) for t in r["tasks"].values()], []
+    tables, rows, (*_, last) = [exam_rows(t) for t in r["tasks"].values()], [], ("", *r["tasks"])
     for name, row in tables[-1].items() if tables else ():
         task, _, form = name.partition(", ")
         mean = f"{row['subject_mean']:.3f} of {row['subjects']}" if "subjects" in row else ""
         rows.append([task, form or "answer", *_scores(name, tables), mean, f"{row['chance']:.2f}", row["n"]])
-    heads = ["task", "form", *(f"{s} (95 %)" for s in r["tasks"]), "mean of subjects", "chance", "n"]
+    heads = ["task", "form", *(f"{s} (95 %)" for s in r["tasks"]), f"mean of subjects, {last}", "chance", "n"]
     core = ", ".join(f"{s} {c:.3f}" for s, c in r["chatcore"].items() if c is not None)
     return [*markdown_table(heads, rows), *(["", f"ChatCORE: {core}"] if core else []), ""] if rows else []
 

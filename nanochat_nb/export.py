@@ -244,6 +244,7 @@ def usual_settings(depth: int, stage: str) -> dict:
 def run_import(cfg: ExportSettings) -> Path:
     "Read a published model as a checkpoint."
     stage = cfg.stage or "sft"
+    fill(PretrainSettings(tag=cfg.tag))                         # an error if it is no name for a folder
     if cfg.out: raise NanochatError(f"out={cfg.out!r}: an import writes a checkpoint into --base_dir; leave OUT away")
     if stage not in STAGES: raise NanochatError(f"unknown stage {stage!r}{did_you_mean(stage, STAGES)}")
     model, tok = load_hf(cfg.source)

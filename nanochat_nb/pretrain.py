@@ -91,7 +91,8 @@ RATES = ("matrix_lr", "embedding_lr", "unembedding_lr", "weight_decay", "muon_be
 def check_numbers(cfg: RunSettings, **least: int):
     "A share outside 0 to 1, or a number below 0, or below what `least` says of it, is an error that names the field."
     least = dict(depth=1, n_gpu=1, nnodes=1, seed=-math.inf) | least
-    if cfg.tag in (".", "..") or {*cfg.tag} & {*"/\\"}: raise NanochatError(f"tag={cfg.tag!r}: give a name, no path")
+    if cfg.tag and not cfg.tag.strip(" .") or {*cfg.tag} & {*"/\\"}:
+        raise NanochatError(f"tag={cfg.tag!r}: give a name, no path")
     for k, v in asdict(cfg).items():
         if k in ("warmup", "warmdown", "activation_budget", "muon_beta2"):
             if not 0 <= v <= 1: raise NanochatError(f"{k}={v}: expected a share, 0 to 1")

@@ -31,8 +31,9 @@ def choice_item(
     lang: str = "en",
     subject: str = "",   # kept if there is one
 ) -> dict:               # as `world.exam`, kind mcq
-    "A choice question as an exam asks it; a label that is none of the choices is a ValueError."
+    "A choice question as an exam asks it; what is no text, or a label that is none of the choices, is a ValueError."
     if not 0 <= label < len(choices): raise ValueError(f"answer {label} is none of {len(choices)} choices")
+    if odd := [x for x in (question, *choices) if not isinstance(x, str)]: raise ValueError(f"{odd[0]!r} is no text")
     letters = "ABCDE"[:len(choices)]
     listed = [f"{x}. {c}" for x, c in zip(letters, choices)]
     return {"messages": _user("\n".join([question, *listed, LETTER_PLEASE[lang]])), "answer": letters[label],
@@ -138,7 +139,7 @@ def find_task(name: str, part: str = "train") -> Task: # part: train or exam
     if (t := TASKS.get(name)) and getattr(t, part): return t
     there = [k for k, t in TASKS.items() if getattr(t, part)] + ["spelling"] + ["identity"] * (part == "train")
     raise NanochatError(f"{name!r} is no {'exam' if part == 'exam' else 'set to train on'}; expected "
-                        f"{', '.join(there)}{did_you_mean(name, there)}")
+                        f"{', '.join(there)}{did_you_mean(name, there).partition('; valid')[0]}")   # the list once
 
 def guards(names: Iterable[str]) -> list[str]: # names of exams
     "The exams in the languages of some training sets: none of their questions may be trained on."
@@ -205,7 +206,8 @@ def _source(path: Path, t: Task, part: str) -> tuple[int, Callable]:
             return len(table), lambda ids: list(zip(places(ids), table.take(pa.array(ids, pa.int64())).to_pylist()))
         rows = _zip_rows(path, t.inside) if t.inside else [
             (f"{path} row {i}", r) for i, r in enumerate(json.loads(path.read_text(encoding="utf-8-sig")), 1)]
-    except (pa.ArrowException, zipfile.BadZipFile, ValueError, OSError) as e:
+        if odd := [w for w, r in rows if not isinstance(r, dict)]: raise ValueError(f"{odd[0]} is no JSON object")
+    except (pa.ArrowException, zipfile.BadZipFile, ValueError, TypeError, OSError) as e:
         raise NanochatError(f"{path} cannot be read ({e}); delete it and fetch it again") from None
     split = {"train": "train", "exam": "test"}[part]
     rows = [(w, r) for w, r in rows if r.get("split", split) == split]

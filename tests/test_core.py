@@ -98,6 +98,9 @@ def test_the_published_layout_is_read(tmp_path):
     ("core.yaml", r'"num_fewshot": \[\s*2\s*\]', '"num_fewshot": 2', "core.yaml, task 1: expected label"),
     *[("eval_data/zh_whose.jsonl", '"gold": 0', f'"gold": {x}', "zh_whose.jsonl, line 1: expected a JSON object with context_options, continuation, gold (an option's")
       for x in ("9", "-1", '"0"', "null", "[0]", "0.5")],
+    *[(f"eval_data/{file}.jsonl", rf'"{key}": ("([^"\\]|\\.)*"|\[[^]]*\])', f'"{key}": {x}', f"{file}.jsonl, line 1: expected a JSON object with")
+      for file, key, x in (("zh_facts", "choices", "[1, 2, 3, 4]"), ("zh_facts", "choices", '"abcd"'), ("zh_facts", "choices", "7"), ("zh_facts", "query", "null"),
+                           ("zh_whose", "context_options", '["a", null]'), ("zh_whose", "continuation", '["a"]'), ("en_spelling", "context", "7"))],
 ])
 def test_bad_bundles_are_named(base, file, old, new, said):
     path = base/"eval_bundle"/file
@@ -178,6 +181,25 @@ def test_other_questions_under_the_same_name_are_asked(base):
     run = lambda n: run_core(CoreSettings(base_dir=str(base), tag="d2", tasks="en_facts", max_per_task=n, device="cpu", dtype="float32"))
     assert [run(n)["runs"]["base d2@5"]["tasks"]["en_facts"]["n"] for n in (3, 9)] == [3, 9]
 
+def test_only_results_of_the_same_exam_stand_in_one_row(base):
+    "Fewer questions, fewer tasks or another bundle replace nothing and are set beside nothing else."
+    ask = dict(base_dir=str(base), device="cpu", dtype="float32")
+    kept = lambda: read_json(base/"report/core.json")["runs"]
+    run_core(CoreSettings(tag="d2,d3", **ask))
+    whole = kept()
+    other = world_bundle(base/"other", World(seed=3, n_people=8), n=14)
+    for more in (dict(max_per_task=5), dict(tasks="zh_facts,en_facts"), dict(bundle=str(other))): run_core(CoreSettings(tag="d3", **ask, **more))
+    assert len(whole) == 2 and whole.items() < kept().items() and len(kept()) == 5
+    for order in ("zh_facts,en_facts", "en_facts,zh_facts"): run_core(CoreSettings(tag="d3", **ask, tasks=order))
+    run_core(CoreSettings(tag="d3", **ask, max_per_task=14))
+    assert len(kept()) == 5                                         # the same exams, asked for in other words
+    for tag in ("d2", "d3"): (base/"base_checkpoints"/tag/"metrics.jsonl").write_text('{"step": 0, "loss": 1, "tokens": 9, "seconds": 1, "tok_per_s": 9}\n')
+    d2, d3 = (read_run(base/"base_checkpoints"/tag)["scores"] for tag in ("d2", "d3"))
+    assert len(d2) == 1 and len(d3) == 4 and set(d2) < set(d3)
+    d3.update({k: [1., 1., 1.] for k in d3})
+    page = C.comparison([dict(read_run(base/"base_checkpoints"/tag), scores=s) for tag, s in (("d2", d2), ("d3", d3))])
+    assert page.count("| CORE") == 4 and page.count("**1.000**") == 1
+
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 def command(base, *args, ranks=0):
@@ -186,7 +208,7 @@ def command(base, *args, ranks=0):
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run([*map(str, cmd)], env=env, capture_output=True, text=True)
 
-def scores(base): return {n: {k: (t["acc"], t["n"]) for k, t in r["tasks"].items()} for n, r in read_json(base/"report/core.json")["runs"].items()}
+def scores(base): return {n.partition(",")[0]: {k: (t["acc"], t["n"]) for k, t in r["tasks"].items()} for n, r in read_json(base/"report/core.json")["runs"].items()}
 
 def test_two_ranks_score_what_one_does(base):
     one = command(base, "--depth", 2, "--stage", "base")
@@ -241,10 +263,15 @@ def test_compare_on_the_command_line(base, tmp_path):
     assert sorted(os.listdir(tmp_path/"o")) == ["compare.md", "compare.png"]
     assert (tmp_path/"o/compare.md").read_text(encoding="utf-8") in done.stdout
     runs = read_json(base/"report/core.json")["runs"]
-    early = {"base d2@1": dict(runs["base d2@5"], core=.9)}
+    key = next(iter(runs))
+    row = key.replace("base d2@5", "CORE")
+    early = {key.replace("@5", "@1"): dict(runs[key], core=.9)}
     for both in (early | runs, runs | early):                          # whichever was examined last
         (base/"report/core.json").write_text(json.dumps(dict(runs=both)))
-        assert read_run(base/"base_checkpoints/d2")["scores"]["CORE, 6 tasks"][0] == runs["base d2@5"]["core"]
+        assert read_run(base/"base_checkpoints/d2")["scores"][row][0] == runs[key]["core"]
+    (base/"report/core.json").write_text(json.dumps(dict(runs=runs | {"base d2@5": dict(runs[key], core=.8)})))
+    kept = read_run(base/"base_checkpoints/d2")["scores"]              # a file in which exams have no name is read still
+    assert kept[row][0] == runs[key]["core"] and kept[row.rpartition(", exam")[0]][0] == .8
     big = dict(read_run(base/"base_checkpoints/d2"), tokens=1_310_720_000)
     assert "| tokens | 1,310,720,000 |" in C.comparison([big])
     for score, tag in ((.75, "d2"), (.5, "d3")):                       # each run keeps its own card; the last one's lies in report/ too

@@ -302,6 +302,7 @@ def test_the_checkpoint_written_last(tmp_path, tok):
         return folder
     old, new = save("base", "d4", 100), save("base", "d2", 200)
     assert find_checkpoint(tmp_path) == new and find_checkpoint(tmp_path, "base", "d4") == old
+    for tag in ("../base_checkpoints/d4", "d*", "d[4]", "."): assert checkpoints(tmp_path, "base", tag) == []   # a tag is a name, no path or pattern
     assert checkpoints(tmp_path, "base") == [old, new]
     tuned = save("sft", "d4", 150)
     assert find_checkpoint(tmp_path) == tuned and find_checkpoint(tmp_path, "base") == new

@@ -192,5 +192,7 @@ print(json.dumps(m.generate(ids, attention_mask=real, max_new_tokens=30, do_samp
     end = tok.special("assistant_end")
     got = [[t for t in row if t != end] for row in json.loads(done.stdout.splitlines()[-1])]
     assert got == Engine(model, tok).generate([a, b], 30, temperature=0, tools=False, stop={end})
+    done = command("--source", tmp_path/"out", "--tag", "../out", "--base_dir", tmp_path/"base")
+    assert done.returncode == 2 and "no path" in done.stderr and not (tmp_path/"base/tokenizer").exists()
     done = command("--source", tmp_path/"out", "--tag", "back", "--base_dir", tmp_path/"base")
     assert done.returncode == 0, done.stderr

@@ -208,7 +208,7 @@ def test_a_bad_line_is_named(base, tmp_path, line, says):
     assert says in str(e.value) and "c.jsonl" in str(e.value)
 
 @pytest.mark.parametrize("kw, says", [
-    (dict(epochs=float("inf"), num_iterations=0), "epochs=inf"), (dict(tag="../out"), "no path"), (dict(depth=7), "no checkpoint of stage base with tag d7"), (dict(tag="mine"), "with tag mine"), (dict(init="sft"), "starts from base or mid"),
+    (dict(epochs=float("inf"), num_iterations=0), "epochs=inf"), (dict(tag="../out"), "no path"), (dict(tag=" .."), "no path"), (dict(depth=7), "no checkpoint of stage base with tag d7"), (dict(tag="mine"), "with tag mine"), (dict(init="sft"), "starts from base or mid"),
     (dict(stage="base"), "expected mid or sft"), (dict(text_share=1.0), "text_share=1.0"), (dict(text_share=-0.1), "text_share=-0.1"),
     (dict(conversations="worlds"), "did you mean 'world'"), (dict(conversations="no.jsonl"), "'no.jsonl' is no file"),
     (dict(conversations=","), "there are no conversations"), (dict(n_conversations=0), "there are no conversations"),

@@ -132,6 +132,10 @@ def test_processes_at_once_fetch_once(hub, tmp_path):
     ("ceval", "exam", archive({"val/law_val.csv": [four(1) | dict(answer="BC")]}), "val/law_val.csv row 1: ValueError 'BC' is not in list"),
     ("mmlu", "exam", parquet([mmlu(0, "s"), mmlu(1, "s") | dict(answer=-1)]), "row 2: ValueError answer -1 is none of 4 choices"),
     ("mmlu", "exam", parquet([mmlu(0, "s") | dict(answer=4)]), "row 1: ValueError answer 4 is none of 4 choices"),
+    ("mmlu", "exam", parquet([mmlu(0, "s"), mmlu(1, "s") | dict(choices=["a", None, "c", "d"])]), "row 2: ValueError None is no text"),
+    ("gsm8k-zh", "exam", json.dumps({"data": [gsm_zh(7)]}).encode(), "GSM8K_zh.json row 1 is no JSON object"),
+    ("gsm8k-zh", "train", json.dumps([gsm_zh(0), "text"]).encode(), "GSM8K_zh.json row 2 is no JSON object"),
+    ("gsm8k-zh", "exam", b"7", "GSM8K_zh.json cannot be read"),
     ("ceval", "exam", archive({"dev/law_dev.csv": [four(1)]}), "holds no member like"),
     ("cmmlu", "exam", b"PK no zip", "cmmlu_v1_0_1.zip cannot be read"),
     ("mmlu", "exam", b"PAR1", "test-00000-of-00001.parquet cannot be read"),
@@ -207,7 +211,9 @@ def test_from_names_to_a_fine_tuned_model_and_its_report(base, hub, tmp_path):
     core = [(sat[k]["letter"]["acc"] - .25) / .75 for k in ("arc-easy", "arc-challenge", "mmlu")] + [sat[k]["acc"] for k in ("gsm8k", "humaneval", "spelling")]
     assert report["chatcore"]["sft"] == pytest.approx(sum(core) / 6)
     page = (base / "report/report.md").read_text()
-    assert "| ceval | letter |" in page and "ChatCORE: sft" in page
+    assert "| ceval | letter |" in page and "ChatCORE: sft" in page and "mean of subjects, sft" in page
+    with pytest.raises(tasks.NanochatError) as e: tasks.find_task("foo", "exam")
+    assert str(e.value).count("ceval") == 1                           # what there is, said once
     says("'arc-esy' is no exam", evals.evaluate, evals.EvalSettings(base_dir=str(base), device="cpu", tasks="arc-esy"))
 
 
